@@ -1,0 +1,19 @@
+"""nmkern: layers whose frozen random weights are regenerated inside of the kernels that use them."""
+
+from nmkern import models, nn
+from nmkern.backends.selection import explain, use_backend
+from nmkern.matrix import RandomMatrix
+from nmkern.ops.modulated_linear import modulated_linear
+from nmkern.ops.sparse_projection import sparse_project
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RandomMatrix",
+    "explain",
+    "models",
+    "modulated_linear",
+    "nn",
+    "sparse_project",
+    "use_backend",
+]

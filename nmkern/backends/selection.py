@@ -1,0 +1,110 @@
+"""Which backend serves a call, and why the others do not.
+
+Backends stand in order of preference; the first that does not refuse (family, dtype, device) serves.
+The choice is made in Python, outside of the dispatcher, so that a caller can ask for it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from nmkern import environment
+from nmkern.backends import cpu, reference
+from nmkern.matrix import RandomMatrix
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+
+_forced: str | None = None
+_choices: dict[tuple[str, torch.dtype, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of ``explain``: the backend that serves, its kernel, and the refusals by backend."""
+
+    backend: str
+    kernel: str
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.kernel} serves this call"]
+        lines += [f"{name} does not: {reason}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend that ``use_backend`` or NMKERN_BACKEND forces; None where the choice is free."""
+    if _forced is not None:
+        return _forced
+    variable = environment.read("NMKERN_BACKEND")
+    return None if variable is None else _check_name(variable, "NMKERN_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for all calls of this process while the context is open."""
+    global _forced
+    previous, _forced = _forced, _check_name(name, "backend")
+    _choices.clear()
+    try:
+        yield
+    finally:
+        _forced = previous
+        _choices.clear()
+
+
+def _refusals(family: str, dtype: torch.dtype, device: str) -> tuple[str | None, dict[str, str]]:
+    forced = forced_backend()
+    refused: dict[str, str] = {}
+    chosen = None
+    for name, backend in BACKENDS.items():
+        if forced is not None and name != forced:
+            refused[name] = f"{forced} is forced"
+        elif chosen is not None:
+            refused[name] = f"{chosen} comes first"
+        elif reason := backend.refusal(family, dtype, device):
+            refused[name] = reason
+        else:
+            chosen = name
+    return chosen, refused
+
+
+def explain(
+    matrix: RandomMatrix, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Explanation:
+    """Which kernel multiplies ``dtype`` inputs on ``device`` by ``matrix``, and why no other does.
+
+    RuntimeError where no backend can.
+    """
+    device_type = torch.device(device).type
+    chosen, refused = _refusals(matrix.family, dtype, device_type)
+    if chosen is None:
+        raise _no_backend(refused)
+    return Explanation(chosen, BACKENDS[chosen].kernel(), refused)
+
+
+def _no_backend(refused: dict[str, str]) -> RuntimeError:
+    return RuntimeError(
+        "no backend can serve this call: "
+        + "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    )
+
+
+def select(family: str, dtype: torch.dtype, device: str) -> str:
+    """The name of the backend for a call; RuntimeError where none can serve it."""
+    key = (family, dtype, device)
+    if key not in _choices:
+        chosen, refused = _refusals(family, dtype, device)
+        if chosen is None:
+            raise _no_backend(refused)
+        _choices[key] = chosen
+    return _choices[key]

@@ -1,0 +1,17 @@
+"""The environment variables that nmkern reads: all of them, here and nowhere else.
+
+None of them can change a weight. ``nmkern info`` prints this table.
+"""
+
+import os
+
+VARIABLES = {
+    "NMKERN_BACKEND": "force one backend for every call (reference, cpu)",
+    "NMKERN_CPU_ISA": "cap the CPU kernels' instruction set (avx512, avx2, portable)",
+}
+
+
+def read(name: str) -> str | None:
+    """The value of a variable of ``VARIABLES``; None where unset or empty."""
+    assert name in VARIABLES, name
+    return os.environ.get(name) or None

@@ -1,0 +1,69 @@
+"""FlyNet: the paper's network, one random network for any number of tasks.
+
+    m = P x                          P sparse: fan_in ones per row
+    r = relu(m - mean(m))
+    logits = strength * D (context * r)     D dense, frozen
+
+Only context and strength are learned: ``hidden_features + 1`` numbers a task.
+"""
+
+import torch
+from torch import Tensor
+
+from nmkern.nn import ModulatedLinear, SparseProjection
+from nmkern.nn.contexts import ContextModule
+
+
+class FlyNet(ContextModule):
+    """The network of arXiv:2204.04297 (the fruit fly's mushroom body), holding no weights.
+
+    Args:
+        in_features, num_classes: sizes of input and output.
+        width_multiple: hidden units per input (10 in the paper).
+        fan_in: inputs that each hidden unit sums (7 in the paper).
+        contexts: how many tasks to begin with; ``add_context()`` adds one.
+        seed: of both matrices and of the initial contexts.
+        family: of the decoder's weights: ``"uniform"`` in the paper.
+        device, dtype: of the contexts.
+
+    Shapes: ``[..., in_features] -> [..., num_classes]``. The decoder's weights have the variance of
+    U(-1/sqrt(hidden), 1/sqrt(hidden)); contexts start Xavier-normal, as in the paper.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        width_multiple: int = 10,
+        fan_in: int = 7,
+        contexts: int = 1,
+        seed: int = 0,
+        family: str = "uniform",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_features = in_features * width_multiple
+        self.encoder = SparseProjection(in_features, self.hidden_features, fan_in, seed=seed)
+        self.decoder = ModulatedLinear(
+            self.hidden_features,
+            num_classes,
+            bias=False,
+            device=device,
+            dtype=dtype,
+            contexts=contexts,
+            seed=seed,
+            family=family,
+            gain="in",
+            strength=True,
+            init="xavier_normal",
+        )
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The representation r that every task shares: ``[..., hidden_features]``."""
+        m = self.encoder(x)
+        return torch.relu(m - m.mean(-1, keepdim=True))
+
+    def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
+        return self.decoder(self.hidden(x), context)

@@ -1,0 +1,198 @@
+"""Contexts: the learned parameters of modulated layers, one set per task, and how one is selected.
+
+A layer that holds contexts derives from ``ContextLayer``; a model is any module tree with such layers
+in it, and the functions of this file act on all of them at once. The invariant: training one context
+never moves another, and a finished context is no parameter any more, so no optimizer can reach it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nmkern.matrix import RandomMatrix
+from nmkern.nn.records import MatrixModule, check_state_dict
+
+
+class Context(nn.Module):
+    """The tensors of one context by name: parameters until it is finished, buffers after."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            self.register_parameter(name, nn.Parameter(value))
+        self._names = tuple(tensors)
+        self.finished = False
+
+    def finish(self) -> None:
+        """Freeze for good: copies the values into buffers, which no optimizer holds."""
+        for name, parameter in list(self.named_parameters()):
+            delattr(self, name)
+            self.register_buffer(name, parameter.detach().clone())
+        self.finished = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, in the order given."""
+        return {name: getattr(self, name) for name in self._names}
+
+
+class ContextModule(nn.Module):
+    """Base of layers and models with contexts: the functions of this file as methods."""
+
+    def add_context(self) -> int:
+        return add_context(self)
+
+    def finish_context(self, index: int) -> None:
+        finish_context(self, index)
+
+    def select_context(self, context: int | Tensor) -> None:
+        select_context(self, context)
+
+    def use_context(self, context: int | Tensor) -> contextlib.AbstractContextManager[None]:
+        return use_context(self, context)
+
+    @property
+    def num_contexts(self) -> int:
+        return num_contexts(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As torch's, but all or nothing: a mismatch raises RuntimeError and changes no tensor."""
+        check_state_dict(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+class ContextLayer(MatrixModule, ContextModule):
+    """A layer with a frozen random matrix and contexts, of which one, or one per row, is selected."""
+
+    def __init__(self, matrix: RandomMatrix, contexts: int) -> None:
+        super().__init__(matrix)
+        if not isinstance(contexts, int) or isinstance(contexts, bool):
+            raise TypeError(f"contexts: expected an int, got {contexts!r}")
+        if contexts < 1:
+            raise ValueError(f"contexts: expected at least 1, got {contexts}")
+        self.contexts = nn.ModuleList()
+        self.selected: int | Tensor = 0
+
+    def context(self, index: int) -> Context:
+        return cast(Context, self.contexts[index])
+
+    def new_context(self, index: int) -> dict[str, Tensor]:
+        """The initial tensors of context ``index``."""
+        raise NotImplementedError
+
+    def grow(self, contexts: int) -> None:
+        """Add contexts until there are ``contexts`` of them."""
+        for index in range(len(self.contexts), contexts):
+            self.contexts.append(Context(self.new_context(index)))
+
+    def context_tensors(self, context: int | Tensor) -> dict[str, Tensor]:
+        """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""
+        if isinstance(context, int):
+            _check_index(self, context)
+            return self.context(context).tensors()
+        names = self.context(0).tensors()
+        return {name: torch.stack([getattr(c, name) for c in self.contexts]) for name in names}
+
+    def record(self) -> dict[str, Any]:
+        finished = [i for i, context in enumerate(self.contexts) if context.finished]
+        return {**super().record(), "contexts": len(self.contexts), "finished": finished}
+
+    def check_record(self, name: str, record: dict[str, Any]) -> None:
+        super().check_record(name, record)
+        contexts, finished = record["contexts"], record["finished"]
+        if contexts < len(self.contexts) or any(not 0 <= index < contexts for index in finished):
+            raise RuntimeError(
+                f"{name}: the checkpoint has {contexts} contexts (finished: {finished}), "
+                f"this model has {len(self.contexts)}"
+            )
+
+    def expected_shapes(self, record: dict[str, Any]) -> dict[str, torch.Size]:
+        first = self.contexts[0].state_dict()
+        return {
+            f"contexts.{index}.{name}": value.shape
+            for index in range(len(self.contexts), record["contexts"])
+            for name, value in first.items()
+        }
+
+    def apply_record(self, record: dict[str, Any]) -> None:
+        self.grow(record["contexts"])
+        for index in record["finished"]:
+            self.context(index).finish()
+
+
+def context_layers(model: nn.Module) -> list[ContextLayer]:
+    """The layers of ``model`` that hold contexts; ValueError where there is none."""
+    layers = [module for module in model.modules() if isinstance(module, ContextLayer)]
+    if not layers:
+        raise ValueError(f"model: expected a module with context layers, got {type(model).__name__}")
+    return layers
+
+
+def num_contexts(model: nn.Module) -> int:
+    """The number of contexts of every layer of ``model``; ValueError where they disagree."""
+    counts = {len(layer.contexts) for layer in context_layers(model)}
+    if len(counts) != 1:
+        raise ValueError(f"model: expected equally many contexts in every layer, got {sorted(counts)}")
+    return counts.pop()
+
+
+def _check_index(model: nn.Module, index: int) -> None:
+    contexts = num_contexts(model)
+    if not 0 <= index < contexts:
+        raise ValueError(f"context: expected 0 <= context < {contexts}, got {index}")
+
+
+def add_context(model: nn.Module) -> int:
+    """Add a context to every layer of ``model``; returns its index.
+
+    Its parameters are new ones, so hand them to an optimizer: ``context_parameters(model, index)``.
+    """
+    index = num_contexts(model)
+    for layer in context_layers(model):
+        layer.grow(index + 1)
+    return index
+
+
+def context_parameters(model: nn.Module, index: int) -> list[nn.Parameter]:
+    """The parameters of context ``index`` over all layers; none once it is finished."""
+    _check_index(model, index)
+    return [p for layer in context_layers(model) for p in layer.contexts[index].parameters()]
+
+
+def finish_context(model: nn.Module, index: int) -> None:
+    """Freeze context ``index`` in every layer for good.
+
+    Its parameters become buffers with the same bits and state_dict keys. An optimizer that still
+    holds the old parameters, with momentum, weight decay or any history, moves nothing.
+    """
+    _check_index(model, index)
+    for layer in context_layers(model):
+        layer.context(index).finish()
+
+
+def select_context(model: nn.Module, context: int | Tensor) -> None:
+    """Select what every layer of ``model`` uses in the forward passes to come.
+
+    ``context`` is an index, or an integer tensor with the leading shape of the layers' input: one
+    context per row, so that a batch can mix tasks. (Under torch.compile prefer the tensor: every
+    index is a graph of its own.)
+    """
+    if isinstance(context, int):
+        _check_index(model, context)
+    for layer in context_layers(model):
+        layer.selected = context
+
+
+@contextlib.contextmanager
+def use_context(model: nn.Module, context: int | Tensor) -> Iterator[None]:
+    """``select_context`` for the time of a ``with`` block; what was selected before comes back."""
+    layers = context_layers(model)
+    before = [layer.selected for layer in layers]
+    select_context(model, context)
+    try:
+        yield
+    finally:
+        for layer, selected in zip(layers, before, strict=True):
+            layer.selected = selected

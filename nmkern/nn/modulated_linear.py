@@ -1,0 +1,119 @@
+"""ModulatedLinear: torch.nn.Linear with a frozen random weight that is never stored.
+
+    y = strength * W (x * in_gain) * out_gain + bias
+
+W comes from the stream; the gains, bias and strength are the contexts' and the only parameters.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nmkern.matrix import RandomMatrix
+from nmkern.nn.contexts import ContextLayer
+from nmkern.ops.modulated_linear import modulated_linear
+
+_GAINS = {"in": ("in_gain",), "out": ("out_gain",), "both": ("in_gain", "out_gain")}
+_INITS = ("ones", "xavier_normal")
+# Initial contexts are rows of other matrices of the same seed; these keep their streams apart.
+_INIT_STREAM = {"in_gain": 1 << 56, "out_gain": 2 << 56, "strength": 3 << 56}
+
+
+class ModulatedLinear(ContextLayer):
+    """A drop-in for torch.nn.Linear that trains small contexts and holds no weights.
+
+    Args:
+        in_features, out_features: sizes K and N.
+        bias: whether each context has a bias ``[N]``, zero at first.
+        device, dtype: of the contexts' tensors.
+        contexts: how many contexts to begin with; ``add_context()`` adds one.
+        seed: of the weights, in [0, 2^64). Layers of one seed and family share their weights where
+            they overlap, so give the layers of a stack seeds of their own.
+        family: ``"uniform"``, ``"normal"`` or ``"rademacher"``.
+        scale: standard deviation of the weights; default ``1 / sqrt(3 K)``, that of torch.nn.Linear.
+        gain: what a context modulates: ``"in"`` (a vector ``[K]`` on the inputs), ``"out"`` (``[N]``
+            on the outputs), or ``"both"``.
+        strength: whether each context has a scalar that multiplies the weights.
+        init: of gains and strength: ``"ones"`` (the plain random layer), or ``"xavier_normal"`` as in
+            arXiv:2204.04297 (gains with std ``sqrt(2 / (features + 1))``, strength with std 1), drawn
+            from the stream: the same on every machine, and no random state is touched.
+
+    Shapes: ``[..., K] -> [..., N]``. Which context serves is selected with ``select_context``,
+    ``use_context``, or the ``context`` argument of the call. Raises TypeError and ValueError as
+    ``RandomMatrix`` does.
+    """
+
+    _like: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        contexts: int = 1,
+        seed: int = 0,
+        family: str = "uniform",
+        scale: float | None = None,
+        gain: Literal["in", "out", "both"] = "in",
+        strength: bool = False,
+        init: Literal["ones", "xavier_normal"] = "ones",
+    ) -> None:
+        if family == "sparse":
+            raise ValueError("family: expected a dense family, got 'sparse' (see SparseProjection)")
+        if gain not in _GAINS:
+            raise ValueError(f"gain: expected one of {', '.join(_GAINS)}, got {gain!r}")
+        if init not in _INITS:
+            raise ValueError(f"init: expected one of {', '.join(_INITS)}, got {init!r}")
+        if scale is None:
+            scale = 1 / math.sqrt(3 * max(1, in_features))
+        matrix = RandomMatrix(out_features, in_features, seed=seed, family=family, scale=scale)
+        super().__init__(matrix, contexts)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.gain = gain
+        self.init = init
+        self._has_bias = bias
+        self._has_strength = strength
+        # Follows .to(), so that contexts added later are born on the right device and dtype.
+        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        self.grow(contexts)
+
+    def new_context(self, index: int) -> dict[str, Tensor]:
+        tensors = {}
+        for name in _GAINS[self.gain]:
+            features = self.in_features if name == "in_gain" else self.out_features
+            tensors[name] = self._initial(name, index, features)
+        if self._has_strength:
+            tensors["strength"] = self._initial("strength", index, 1)[0]
+        if self._has_bias:
+            tensors["bias"] = torch.zeros(self.out_features)
+        return {name: value.to(self._like) for name, value in tensors.items()}
+
+    def _initial(self, name: str, index: int, features: int) -> Tensor:
+        if self.init == "ones":
+            return torch.ones(features)
+        seed = self.matrix.seed ^ _INIT_STREAM[name]
+        scale = math.sqrt(2 / (features + 1))
+        rows = RandomMatrix(index + 1, features, seed=seed, family="normal", scale=scale)
+        return rows[index:].materialize()[0]
+
+    def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
+        selected = self.selected if context is None else context
+        return modulated_linear(
+            x,
+            self.matrix,
+            context=None if isinstance(selected, int) else selected,
+            **self.context_tensors(selected),
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self._has_bias}, contexts={len(self.contexts)}, seed={self.matrix.seed}, "
+            f"family={self.matrix.family!r}, gain={self.gain!r}, strength={self._has_strength}"
+        )

@@ -1,0 +1,1 @@
+"""The operators: argument checks, differentiation rules and the call into a backend."""

@@ -1,0 +1,259 @@
+"""modulated_linear: a linear layer whose weights are generated and modulated, never stored.
+
+    y[m, n] = out_gain[c(m), n] * strength[c(m)]
+              * sum_k (x[m, k] * in_gain[c(m), k]) * W[n, k] + bias[c(m), n]
+
+This file checks and normalises arguments, registers what differentiation, vmap and tracing need with
+each backend's primitives, and calls them. The invariant: the backward pass is the same pair of
+primitives on ``W.T``, so every derivative of every order is exact and regenerates W.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmkern.backends import primitives, selection
+from nmkern.backends.primitives import bank_rows, segment_sum
+from nmkern.matrix import RandomMatrix
+from nmkern.ops import checks
+from nmkern.ops.rules import differentiable
+
+_TRANSPOSED = -2  # position of ``transposed`` in the matrix arguments of a dense primitive
+
+
+def modulated_linear(
+    x: Tensor,
+    matrix: RandomMatrix,
+    *,
+    in_gain: Tensor | None = None,
+    out_gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    context: Tensor | int | None = None,
+    strength: Tensor | float | None = None,
+) -> Tensor:
+    """Multiply by a random matrix, modulated by gains: ``[..., K] -> [..., N]``.
+
+    ``matrix`` has shape ``[N, K]`` and is generated inside of the kernel. Gains and bias may each be
+
+    - one vector ``[features]`` for the whole batch;
+    - a bank ``[T, features]``, from which ``context`` selects: an int for the whole batch, or an
+      integer tensor with the leading shape of ``x``, one index per row;
+    - without ``context``, one vector per row: anything that broadcasts to ``x.shape[:-1] + (features,)``.
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any number of leading dimensions.
+        in_gain, out_gain, bias: features K, N, N; in the dtype of ``x``, or float32 where that is
+            narrower. They are applied in float32 (float64 for float64).
+        context: which row of the banks serves a row of ``x``.
+        strength: a number, a scalar tensor, a bank ``[T]`` or one value per row: multiplies the weights.
+
+    Gradients flow to ``x``, the gains, ``bias`` and ``strength`` (a tensor), to any order. The
+    backward pass keeps ``x`` only where a gain needs a gradient, and regenerates the weights.
+
+    Raises TypeError (dtype), ValueError (shape, value) and RuntimeError (device, backend) before any
+    work starts. Source: arXiv:2204.04297, section 3; the operator of context modulation.
+    """
+    checks.check_input(x, matrix, dense=True)
+    x = checks.autocast(x)
+    rows_shape = x.shape[:-1]
+    banks = {"in_gain": in_gain, "out_gain": out_gain, "bias": bias}
+    features = {"in_gain": matrix.cols, "out_gain": matrix.rows, "bias": matrix.rows}
+    selector = checks.check_context(context, x)
+    if isinstance(selector, int):
+        banks = {name: checks.select_row(name, bank, selector) for name, bank in banks.items()}
+        if isinstance(strength, Tensor) and strength.ndim:
+            strength = checks.select_row("strength", strength, selector)
+        selector = None
+    banks = {
+        name: checks.normalize_bank(name, bank, features[name], x, selector) for name, bank in banks.items()
+    }
+    args = primitives.dense_args(matrix)
+    if isinstance(strength, Tensor):
+        s = checks.normalize_bank("strength", strength[..., None], 1, x, selector)
+        assert s is not None
+        # Folded into a gain: on the input side its gradient comes with that of x for free.
+        side = "out_gain" if banks["in_gain"] is None and banks["out_gain"] is not None else "in_gain"
+        gain = banks[side]
+        banks[side] = s.expand(-1, matrix.cols) if gain is None else gain * s
+    elif strength is not None:
+        args = (*args[:-1], checks.scaled_factor(matrix, strength))
+    used = [bank for bank in banks.values() if bank is not None and bank.shape[0] > 1]
+    backend = selection.select(matrix.family, x.dtype, x.device.type)
+    y = _OPERATORS[backend].matmul(
+        x.reshape(-1, matrix.cols),
+        banks["in_gain"],
+        banks["out_gain"],
+        banks["bias"],
+        selector.reshape(-1) if used and selector is not None else None,
+        *args,
+    )
+    return y.reshape(*rows_shape, matrix.rows)
+
+
+def _transpose(matrix: tuple) -> tuple:
+    return (*matrix[:_TRANSPOSED], not matrix[_TRANSPOSED], *matrix[_TRANSPOSED + 1 :])
+
+
+def _features(matrix: tuple) -> int:
+    """N of the primitives, from the matrix arguments."""
+    rows, cols, transposed = matrix[4:7]
+    return cols if transposed else rows
+
+
+class _Operators:
+    """The two dense primitives of one backend with their rules: call ``matmul`` and ``gain_grad``."""
+
+    def __init__(self, backend: str) -> None:
+        self.matmul = differentiable(
+            primitives.overload(backend, "modulated_matmul"),
+            fake=self.fake_matmul,
+            setup_context=self.setup_matmul,
+            backward=self.backward_matmul,
+            vmap=self.vmap_matmul,
+        )
+        self.gain_grad = differentiable(
+            primitives.overload(backend, "modulated_matmul_gain_grad"),
+            fake=self.fake_gain_grad,
+            setup_context=self.setup_gain_grad,
+            backward=self.backward_gain_grad,
+            vmap=self.vmap_gain_grad,
+        )
+
+    # y = modulated_matmul(x, in_gain, out_gain, bias, context, matrix)
+
+    def fake_matmul(self, x, in_gain, out_gain, bias, context, *matrix) -> Tensor:
+        return x.new_empty(x.shape[0], _features(matrix))
+
+    def setup_matmul(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, in_gain, out_gain, bias, context, *ctx.matrix = inputs
+        ctx.bias_contexts = None if bias is None else bias.shape[0]
+        # x is needed for the gradients of gains only.
+        keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if keep_x else None, in_gain, out_gain, context)
+
+    def backward_matmul(self, ctx: Any, dy: Tensor) -> tuple:
+        x, in_gain, out_gain, context = ctx.saved_tensors
+        need_x, need_in, need_out, need_bias = ctx.needs_input_grad[:4]
+        dx = d_in = d_out = d_bias = None
+        transposed = _transpose(tuple(ctx.matrix))
+        if need_in:
+            dx, d_in = self.gain_grad(
+                dy, out_gain, in_gain, x, context, in_gain.shape[0], need_x, *transposed
+            )
+            dx = dx if need_x else None
+        elif need_x:
+            dx = self.matmul(dy, out_gain, in_gain, None, context, *transposed)
+        if need_out:
+            _, d_out = self.gain_grad(x, in_gain, None, dy, context, out_gain.shape[0], False, *ctx.matrix)
+        if need_bias:
+            wide = primitives.sum_dtype(dy.dtype)
+            d_bias = segment_sum(dy, context, ctx.bias_contexts, wide)
+        return dx, d_in, d_out, d_bias, *[None] * (1 + len(ctx.matrix))
+
+    def vmap_matmul(self, info, in_dims, x, in_gain, out_gain, bias, context, *matrix):
+        banks = (in_gain, out_gain, bias)
+        x, context, banks = _fold_batch(
+            info.batch_size, x, in_dims[0], banks, in_dims[1:4], context, in_dims[4]
+        )
+        y = self.matmul(x, *banks, context, *matrix)
+        return y.unflatten(0, (info.batch_size, -1)), 0
+
+    # product, gain_grad = modulated_matmul_gain_grad(x, in_gain, out_gain, other, context, ...)
+
+    def fake_gain_grad(
+        self, x, in_gain, out_gain, other, context, contexts, need_product, *matrix
+    ) -> tuple[Tensor, Tensor]:
+        n = _features(matrix)
+        product = x.new_empty(x.shape[0] if need_product else 0, n)
+        return product, x.new_empty(contexts, n, dtype=primitives.sum_dtype(x.dtype))
+
+    def setup_gain_grad(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, in_gain, out_gain, other, context, ctx.contexts, ctx.need_product, *ctx.matrix = inputs
+        ctx.save_for_backward(x, in_gain, out_gain, other, context)
+        ctx.set_materialize_grads(True)
+
+    def backward_gain_grad(self, ctx: Any, d_product: Tensor, d_grad: Tensor) -> tuple:
+        x, in_gain, out_gain, other, context = ctx.saved_tensors
+        need_x, need_in, need_out, need_other = ctx.needs_input_grad[:4]
+        dx = d_in = d_out = d_other = None
+        # The loss depends on z through both results: dz is its gradient.
+        dz = other * bank_rows(d_grad, context)
+        if ctx.need_product:
+            through = d_product if out_gain is None else d_product * bank_rows(out_gain, context)
+            dz = dz + through
+        dz = dz.to(x.dtype)
+        transposed = _transpose(tuple(ctx.matrix))
+        if need_in:
+            dx, d_in = self.gain_grad(dz, None, in_gain, x, context, in_gain.shape[0], need_x, *transposed)
+            dx = dx if need_x else None
+        elif need_x:
+            dx = self.matmul(dz, None, in_gain, None, context, *transposed)
+        if need_out and ctx.need_product:
+            d_other, d_out = self.gain_grad(
+                x, in_gain, d_grad, d_product, context, out_gain.shape[0], need_other, *ctx.matrix
+            )
+            d_other = d_other if need_other else None
+        elif need_other:
+            d_other = self.matmul(x, in_gain, d_grad, None, context, *ctx.matrix)
+        return dx, d_in, d_out, d_other, *[None] * (3 + len(ctx.matrix))
+
+    def vmap_gain_grad(
+        self, info, in_dims, x, in_gain, out_gain, other, context, contexts, need_product, *matrix
+    ):
+        batch = info.batch_size
+        other = _batch_first(other, in_dims[3], batch)
+        per_item = None if context is None else _batch_first(context, in_dims[4], batch)
+        x, folded, (in_gain, out_gain) = _fold_batch(
+            batch, x, in_dims[0], (in_gain, out_gain), in_dims[1:3], context, in_dims[4]
+        )
+        z = self.matmul(x, in_gain, None, None, folded, *matrix)
+        weighted = other * z.unflatten(0, (batch, -1))
+        wide = primitives.sum_dtype(x.dtype)
+        grads = torch.stack(
+            [
+                segment_sum(weighted[b], None if per_item is None else per_item[b], contexts, wide)
+                for b in range(batch)
+            ]
+        )
+        if not need_product:
+            return (z.new_empty(batch, 0, z.shape[1]), grads), (0, 0)
+        if out_gain is not None:
+            z = (z * bank_rows(out_gain, folded)).to(x.dtype)
+        return (z.unflatten(0, (batch, -1)), grads), (0, 0)
+
+
+def _batch_first(value: Tensor, dim: int | None, batch: int) -> Tensor:
+    if dim is None:
+        return value.expand(batch, *value.shape)
+    return value.movedim(dim, 0)
+
+
+def _fold_batch(batch, x, x_dim, banks, bank_dims, context, context_dim):
+    """Fold the vmapped dimension into the rows of x: (x, context, banks) of the same primitive.
+
+    Banks stay as they are where neither they nor the context are mapped; otherwise every bank with
+    more than one row, or mapped, becomes one vector per row.
+    """
+    x = _batch_first(x, x_dim, batch)
+    rows = x.shape[1]
+    mapped = context_dim is not None or any(dim is not None for dim in bank_dims)
+    many = any(bank is not None and bank.shape[0] > 1 for bank in banks)
+    if not mapped and (context is not None or not many):
+        folded = None if context is None else context.repeat(batch)
+        return x.flatten(0, 1), folded, banks
+    contexts = None if context is None else _batch_first(context, context_dim, batch)
+    per_row = []
+    for bank, dim in zip(banks, bank_dims, strict=True):
+        if bank is not None and (dim is not None or bank.shape[0] > 1):
+            bank = _batch_first(bank, dim, batch)
+            if bank.shape[1] == 1:
+                bank = bank.expand(-1, rows, -1)
+            elif contexts is not None:
+                bank = bank.gather(1, contexts[..., None].expand(-1, -1, bank.shape[2]))
+            bank = bank.flatten(0, 1)
+        per_row.append(bank)
+    return x.flatten(0, 1), None, per_row
+
+
+_OPERATORS = {backend: _Operators(backend) for backend in selection.BACKENDS}
