@@ -7,7 +7,7 @@ import os
 
 VARIABLES = {
     "NMKERN_BACKEND": "force one backend for every call (reference, cpu)",
-    "NMKERN_CPU_ISA": "cap the CPU kernels' instruction set (avx512, avx2, portable)",
+    "NMKERN_CPU_ISA": "instruction set of the CPU kernels (avx512_bf16, avx512, avx2, portable)",
 }
 
 

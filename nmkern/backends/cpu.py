@@ -17,7 +17,7 @@ from nmkern.backends import primitives
 _PACKAGE = Path(__file__).parents[1]
 LIBRARY_PATH = _PACKAGE / "_native.so"
 BUILD_RECORD = _PACKAGE / "native_build.json"
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 primitives.define("cpu")
 

@@ -1,0 +1,210 @@
+// The native library's face to PyTorch: the primitives of nmkern/backends/primitives.py for CPU tensors,
+// over PyTorch's stable ABI, so that one binary serves every PyTorch from 2.10 on and every Python.
+//
+// Python checks arguments and words the errors; what is checked here guards memory for callers that go
+// around it.
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dense.h"
+#include "cpu/kernels.h"
+#include "cpu/sparse.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using nmkern::cpu::Bank;
+using nmkern::cpu::Dense;
+using nmkern::cpu::Dtype;
+using nmkern::cpu::Matrix;
+using nmkern::cpu::Runtime;
+using nmkern::cpu::Sparse;
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, int64_t cols) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name,
+                  ": expected shape [", rows, ", ", cols, "]");
+  // Inputs are only read; asking for a mutable pointer would copy a copy-on-write tensor.
+  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), tensor.stride(0),
+          tensor.stride(1)};
+}
+
+// Scratch and threads from PyTorch itself: its allocator, so that its profiler sees the bytes, and its
+// thread pool, since a second one in the process makes both ten times slower.
+struct Pool {
+  const Tensor& like;
+  std::vector<Tensor> blocks;
+
+  explicit Pool(const Tensor& tensor) : like(tensor) {}
+
+  Runtime runtime() {
+    Runtime r;
+    r.threads = torch::stable::get_num_threads();
+    r.self = this;
+    r.allocate = [](void* self, int64_t bytes) -> void* {
+      auto& pool = *static_cast<Pool*>(self);
+      pool.blocks.push_back(torch::stable::new_empty(pool.like, {bytes}, ScalarType::Byte));
+      return pool.blocks.back().mutable_data_ptr();
+    };
+    r.parallel_for = [](int64_t size, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                        void* context) { torch_parallel_for(0, size, grain, body, context); };
+    r.thread_index = []() -> int64_t {
+      uint32_t index = 0;
+      torch_get_thread_idx(&index);
+      return index;
+    };
+    return r;
+  }
+};
+
+// The tensors that a Dense points into, contiguous and alive.
+struct Banks {
+  std::vector<Tensor> kept;
+
+  Bank bank(const std::optional<Tensor>& tensor, const char* name, int64_t features, int64_t batch,
+            bool context) {
+    if (!tensor) return {};
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(1) == features &&
+                        tensor->scalar_type() == ScalarType::Float,
+                    name, ": expected float32 of shape [contexts, ", features, "]");
+    const int64_t rows = tensor->size(0);
+    STD_TORCH_CHECK(rows == 1 || context || rows == batch, name, ": expected 1 or ", batch,
+                    " rows without a context, got ", rows);
+    kept.push_back(torch::stable::contiguous(*tensor));
+    return {static_cast<float*>(const_cast<void*>(kept.back().const_data_ptr())), rows};
+  }
+
+  const int64_t* context(const std::optional<Tensor>& tensor, int64_t batch, int64_t contexts) {
+    if (!tensor) return nullptr;
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == batch &&
+                        tensor->scalar_type() == ScalarType::Long,
+                    "context: expected int64 of shape [", batch, "]");
+    kept.push_back(torch::stable::contiguous(*tensor));
+    const auto* values = static_cast<const int64_t*>(kept.back().const_data_ptr());
+    for (int64_t m = 0; m < batch; ++m)
+      STD_TORCH_CHECK(values[m] >= 0 && values[m] < contexts, "context: expected 0 <= context < ",
+                      contexts, ", got ", values[m]);
+    return values;
+  }
+};
+
+Dense dense_of(const Tensor& x, int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset,
+               int64_t rows, int64_t cols, bool transposed, double factor) {
+  Dense d{};
+  d.family = nmkern::Family(uint32_t(family));
+  d.key = {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
+  d.row_offset = row_offset;
+  d.col_offset = col_offset;
+  d.rows = rows;
+  d.cols = cols;
+  d.transposed = transposed;
+  d.factor = float(factor);
+  d.batch = x.size(0);
+  d.x = matrix_of(x, "x", d.batch, d.inputs());
+  return d;
+}
+
+// The largest index that every bank of several rows can take.
+int64_t common_rows(std::initializer_list<int64_t> banks) {
+  int64_t rows = INT64_MAX;
+  for (int64_t r : banks)
+    if (r > 1) rows = std::min(rows, r);
+  return rows;
+}
+
+Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
+                        std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
+                        int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
+                        int64_t cols, bool transposed, double factor) {
+  Dense d = dense_of(x, family, seed, row_offset, col_offset, rows, cols, transposed, factor);
+  Banks banks;
+  banks.kept.reserve(4);
+  d.in_gain = banks.bank(in_gain, "in_gain", d.inputs(), d.batch, context.has_value());
+  d.out_gain = banks.bank(out_gain, "out_gain", d.outputs(), d.batch, context.has_value());
+  d.bias = banks.bank(bias, "bias", d.outputs(), d.batch, context.has_value());
+  d.context = banks.context(context, d.batch,
+                            common_rows({d.in_gain.rows, d.out_gain.rows, d.bias.rows}));
+  Tensor y = torch::stable::new_empty(x, {d.batch, d.outputs()});
+  d.y = matrix_of(y, "y", d.batch, d.outputs());
+  Pool pool(x);
+  nmkern::cpu::dense_product(d, pool.runtime());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
+    const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
+    const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
+    int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
+    bool transposed, double factor) {
+  Dense d = dense_of(x, family, seed, row_offset, col_offset, rows, cols, transposed, factor);
+  Banks banks;
+  banks.kept.reserve(4);
+  d.in_gain = banks.bank(in_gain, "in_gain", d.inputs(), d.batch, context.has_value());
+  d.out_gain = banks.bank(out_gain, "out_gain", d.outputs(), d.batch, context.has_value());
+  d.other = matrix_of(other, "other", d.batch, d.outputs());
+  STD_TORCH_CHECK(contexts == 1 || context || contexts == d.batch, "contexts: expected 1 or ", d.batch,
+                  " without a context, got ", contexts);
+  d.context = banks.context(context, d.batch,
+                            common_rows({d.in_gain.rows, d.out_gain.rows, contexts}));
+  Tensor gain_grad = torch::stable::new_zeros(x, {contexts, d.outputs()}, ScalarType::Float);
+  d.gain_grad = {static_cast<float*>(gain_grad.mutable_data_ptr()), contexts};
+  Tensor product = torch::stable::new_empty(x, {need_product ? d.batch : 0, d.outputs()});
+  if (need_product) d.y = matrix_of(product, "product", d.batch, d.outputs());
+  Pool pool(x);
+  nmkern::cpu::dense_product(d, pool.runtime());
+  return {product, gain_grad};
+}
+
+Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t col_offset,
+                     int64_t rows, int64_t cols, int64_t population, int64_t fan_in, bool transposed,
+                     double factor) {
+  Sparse s{};
+  s.key = {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
+  s.row_offset = row_offset;
+  s.col_offset = col_offset;
+  s.rows = rows;
+  s.cols = cols;
+  s.population = population;
+  s.fan_in = fan_in;
+  s.transposed = transposed;
+  s.factor = float(factor);
+  s.batch = x.size(0);
+  s.x = matrix_of(x, "x", s.batch, s.inputs());
+  Tensor y = torch::stable::new_empty(x, {s.batch, s.outputs()});
+  s.y = matrix_of(y, "y", s.batch, s.outputs());
+  Pool pool(x);
+  nmkern::cpu::sparse_product(s, pool.runtime());
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nmkern, CPU, m) {
+  m.impl("cpu_modulated_matmul", TORCH_BOX(&modulated_matmul));
+  m.impl("cpu_modulated_matmul_gain_grad", TORCH_BOX(&modulated_matmul_gain_grad));
+  m.impl("cpu_sparse_matmul", TORCH_BOX(&sparse_matmul));
+}
+
+#define NMKERN_EXPORT extern "C" __attribute__((visibility("default")))
+
+NMKERN_EXPORT const char* nmkern_cpu_isa() { return nmkern::cpu::kernels().name; }
+// 0, or 1 where this build or this CPU has no such instruction set.
+NMKERN_EXPORT int nmkern_cpu_set_isa(const char* name) { return !nmkern::cpu::set_kernels(name); }

@@ -1,0 +1,205 @@
+// The launcher of the dense products: cuts a call into tiles, packs x, runs the tile kernels, finishes.
+//
+// x is packed once per chunk of rows: converted, multiplied by in_gain, zero-padded to whole words, and
+// laid out [block of rows][reduction step][row], the order in which the kernels read it. Sums live in a
+// few hundred bytes a row and thread; scale, gains and bias are applied as they are written out.
+// Invariant: an output, or a gain's gradient, is summed by one task in an order that the shape fixes.
+#include "dense.h"
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "matrix.h"
+
+namespace nmkern::cpu {
+namespace {
+
+constexpr int64_t kPackedBytes = 16 << 20;  // bounds the packed x, and so the scratch, of any call
+constexpr int64_t kTaskCost = 1 << 16;      // vector operations worth a thread's wake-up (about 10 us)
+
+struct Launch {
+  const Dense& call;
+  const Runtime& runtime;
+  const Kernels& k;
+  bool bf16;
+  int64_t unit;             // reduction elements of a word (forward: columns, transposed: rows)
+  int64_t reduction_first;  // first word of the reduction
+  int64_t reduction_words;
+  int64_t padding;  // elements of the first word that lie before the matrix
+  int64_t vectors;  // vectors of outputs a tile has, which is also the outputs of a lane
+  int64_t output_first;
+  int64_t head;  // outputs of the first tile that lie before the matrix
+  int64_t tiles;
+
+  Launch(const Dense& c, const Runtime& r)
+      : call(c), runtime(r), k(kernels()), bf16(k.bf16 && c.x.dtype == Dtype::bfloat16) {
+    const int64_t columns = columns_per_word(c.family);
+    unit = c.transposed ? kRowsPerPatch : columns;
+    vectors = c.transposed ? columns : kRowsPerPatch;
+    const int64_t in = c.transposed ? c.row_offset : c.col_offset;
+    const int64_t out = c.transposed ? c.col_offset : c.row_offset;
+    reduction_first = in / unit;
+    padding = in % unit;
+    reduction_words = (in + c.inputs() - 1) / unit - reduction_first + 1;
+    output_first = out / vectors;
+    head = out % vectors;
+    tiles = (head + c.outputs() + tile_outputs() - 1) / tile_outputs();
+  }
+
+  int64_t tile_outputs() const { return vectors * k.lanes; }
+  int64_t packed_elements() const { return reduction_words * unit; }
+  int64_t packed_row_bytes() const { return packed_elements() * (bf16 ? 2 : 4); }
+  int64_t sums_floats(int64_t rows) const { return rows * vectors * k.lanes; }
+
+  const float* bank(const Bank& bank, int64_t m, int64_t features) const {
+    return bank.data + bank_row(bank, m) * features;
+  }
+  int64_t bank_row(const Bank& bank, int64_t m) const {
+    return bank.rows == 1 ? 0 : call.context ? call.context[m] : m;
+  }
+
+  // Where the packed order puts element e of a row, in units of a row's element.
+  int64_t packed_position(int64_t e) const {
+    if (!bf16) return e;
+    if (call.transposed) return e;  // pairs of neighbouring rows
+    const int64_t half = unit / 2, f = e % unit;
+    return e - f + (f % half) * 2 + f / half;
+  }
+
+  void pack_row(int64_t m, char* block, int64_t rows, int64_t r) const {
+    const float* gain = call.in_gain.data ? bank(call.in_gain, m, call.inputs()) : nullptr;
+    const int64_t elements = packed_elements(), inputs = call.inputs();
+    for (int64_t e = 0; e < elements; ++e) {
+      const int64_t i = e - padding;
+      float value = 0;
+      if (i >= 0 && i < inputs) {
+        value = load(call.x, m, i);
+        if (gain) value *= gain[i];
+      }
+      const int64_t at = packed_position(e);
+      if (bf16) {
+        reinterpret_cast<uint16_t*>(block)[((at / 2) * rows + r) * 2 + at % 2] = to_bfloat16(value);
+      } else {
+        reinterpret_cast<float*>(block)[at * rows + r] = value;
+      }
+    }
+  }
+
+  bool packed_as_is() const {
+    return call.batch == 1 && call.x.dtype == Dtype::float32 && call.x.col_stride == 1 &&
+           !call.in_gain.data && padding == 0 && packed_elements() == call.inputs();
+  }
+
+  // One row of a tile: factor, gains and bias, or the gradient of a gain.
+  void finish(int64_t m, int64_t n0, int64_t count, const float* sum) const {
+    const int64_t n_all = call.outputs();
+    const float* gain = call.out_gain.data ? bank(call.out_gain, m, n_all) : nullptr;
+    const float* bias = call.bias.data ? bank(call.bias, m, n_all) : nullptr;
+    float* grad = call.gain_grad.data ? call.gain_grad.data + bank_row(call.gain_grad, m) * n_all
+                                      : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = n0 + i;
+      float value = sum[i] * call.factor;
+      if (grad) grad[n] += load(call.other, m, n) * value;
+      if (!call.y.data) continue;
+      if (gain) value *= gain[n];
+      if (bias) value += bias[n];
+      store(call.y, m, n, value);
+    }
+  }
+
+  // Rows [m0, m0 + rows) of tile number `tile`; x is packed from m0 on.
+  void run_tile(int64_t tile, int64_t m0, int64_t rows, const void* x, char* scratch) const {
+    auto* sums = reinterpret_cast<float*>(scratch + k.scratch_bytes);
+    auto* row = sums + sums_floats(rows);
+    Tile t;
+    t.family = call.family;
+    t.key = call.key;
+    t.transposed = call.transposed;
+    t.bf16 = bf16;
+    t.output_word = uint32_t(output_first + tile * k.lanes);
+    t.reduction_word = uint32_t(reduction_first);
+    t.reduction_words = reduction_words;
+    t.batch = rows;
+    t.x = x;
+    t.sums = sums;
+    t.scratch = scratch;
+    k.run(t);
+    const int64_t first = tile * tile_outputs() - head;  // output of lane 0, vector 0
+    const int64_t begin = std::max<int64_t>(0, -first);
+    const int64_t end = std::min(tile_outputs(), call.outputs() - first);
+    for (int64_t m = 0; m < rows; ++m) {
+      const int64_t block = m / k.block * k.block;
+      const int64_t block_rows = std::min<int64_t>(k.block, rows - block);
+      for (int64_t v = 0; v < vectors; ++v) {
+        const float* from = sums + (v / kVectors) * rows * kVectors * k.lanes +
+                            block * kVectors * k.lanes +
+                            ((v % kVectors) * block_rows + m - block) * k.lanes;
+        for (int64_t lane = 0; lane < k.lanes; ++lane) row[lane * vectors + v] = from[lane];
+      }
+      finish(m0 + m, first + begin, end - begin, row + begin);
+    }
+  }
+};
+
+}  // namespace
+
+void dense_product(const Dense& call, const Runtime& runtime) {
+  if (call.batch == 0) return;
+  const Launch launch(call, runtime);
+  const Kernels& k = launch.k;
+  // Rows of x that are packed together: all, or as many whole blocks as the budget takes.
+  const int64_t fit = std::max<int64_t>(1, kPackedBytes / launch.packed_row_bytes() / k.block);
+  const int64_t chunk = std::min(call.batch, fit * k.block);
+  // Few tiles: the rows are split among tasks as well, unless they must be summed in order.
+  int64_t part = chunk;
+  if (launch.tiles < 8 && !call.gain_grad.data) {
+    const int64_t blocks = (chunk + k.block - 1) / k.block;
+    part = std::max<int64_t>(4, (blocks * launch.tiles + 7) / 8) * k.block;
+    part = std::min(part, chunk);
+  }
+
+  const int64_t blocks = (chunk + k.block - 1) / k.block;
+  char* packed = nullptr;
+  if (launch.packed_as_is()) {
+    packed = static_cast<char*>(call.x.data);
+  } else {
+    packed = static_cast<char*>(
+        runtime.allocate(runtime.self, launch.packed_row_bytes() * std::min(chunk, blocks * k.block)));
+  }
+  const int64_t scratch_bytes =
+      (k.scratch_bytes + 4 * (launch.sums_floats(part) + launch.tile_outputs()) + 63) / 64 * 64;
+  char* scratch =
+      static_cast<char*>(runtime.allocate(runtime.self, scratch_bytes * runtime.threads));
+
+  for (int64_t m0 = 0; m0 < call.batch; m0 += chunk) {
+    const int64_t rows = std::min(chunk, call.batch - m0);
+    if (!launch.packed_as_is()) {
+      const int64_t pack_cost = launch.packed_elements() * k.block / 2;
+      parallel_for(runtime, (rows + k.block - 1) / k.block, kTaskCost / pack_cost + 1,
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t b = begin; b < end; ++b) {
+                       const int64_t first = b * k.block;
+                       const int64_t count = std::min<int64_t>(k.block, rows - first);
+                       for (int64_t r = 0; r < count; ++r)
+                         launch.pack_row(m0 + first + r, packed + first * launch.packed_row_bytes(),
+                                         count, r);
+                     }
+                   });
+    }
+    const int64_t parts = (rows + part - 1) / part;
+    const int64_t cost = launch.reduction_words * launch.unit * launch.vectors *
+                         (6 + std::min(part, rows));
+    parallel_for(runtime, launch.tiles * parts, kTaskCost / cost + 1,
+                 [&](int64_t begin, int64_t end) {
+                   char* mine = scratch + scratch_bytes * runtime.thread_index();
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t first = task % parts * part;
+                     launch.run_tile(task / parts, m0 + first, std::min(part, rows - first),
+                                     packed + first * launch.packed_row_bytes(), mine);
+                   }
+                 });
+  }
+}
+
+}  // namespace nmkern::cpu

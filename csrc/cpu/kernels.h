@@ -1,0 +1,58 @@
+// What the kernels of one instruction set offer to the launcher: a table of function pointers.
+//
+// A dense product is cut into tiles. The lanes of a vector are outputs; the reduction runs over
+// scalars of x, which are broadcast. Forward, the outputs are rows of the matrix: lane i holds the
+// patch (four rows) number i of the tile, and word r of the patch is vector r of the tile. Transposed,
+// the outputs are columns: lane i holds word i of the tile, and field f of the word is vector f.
+//
+//   forward     4 vectors x lanes outputs, reduction step k = column       (natural order)
+//   transposed  P vectors x lanes outputs, reduction step k = row          (natural order)
+//
+// Invariant: which tile an output falls in depends on the matrix only, and a tile is computed by one
+// thread in a fixed order, so results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../stream.h"
+
+namespace nmkern::cpu {
+
+constexpr int kVectors = 4;  // vectors of outputs that a micro-kernel holds accumulators for
+
+struct Tile {
+  Family family;
+  Key key;
+  bool transposed;
+  bool bf16;                // x holds pairs of bfloat16, see Kernels::pair_distance
+  uint32_t output_word;     // forward: c1 of lane 0; transposed: c0 of lane 0
+  uint32_t reduction_word;  // forward: first c0; transposed: first c1
+  int64_t reduction_words;
+  int64_t batch;            // rows of x, M
+  // [ceil(M / block)][steps][rows of the block]: float, or a pair of bfloat16; zero where padded.
+  const void* x;
+  // [chunks of kVectors vectors][ceil(M / block)][kVectors][rows of the block][lanes], overwritten.
+  float* sums;
+  void* scratch;  // scratch_bytes, 64-byte aligned
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  int block;   // rows of x that a micro-kernel holds accumulators for
+  bool bf16;   // has bfloat16 dot products
+  int64_t scratch_bytes;
+  void (*run)(const Tile& tile);
+};
+
+// The chosen instruction set, and all that this build and this CPU have, best first.
+const Kernels& kernels();
+bool set_kernels(const char* name);
+
+// One per instruction set; nullptr where the build has none.
+const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace nmkern::cpu

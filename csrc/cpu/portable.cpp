@@ -1,0 +1,68 @@
+// Kernels for any CPU: GCC and Clang vector extensions of 16 bytes, which become SSE2, NEON or scalars.
+#include "codec.h"
+#include "hash.h"
+#include "tables.h"
+#include "tile.h"
+
+namespace nmkern::cpu {
+namespace {
+
+struct Portable {
+  typedef uint32_t U __attribute__((vector_size(16)));
+  typedef uint64_t V __attribute__((vector_size(16)));
+  typedef float F __attribute__((vector_size(16)));
+  using RowHasher = cpu::RowHasher<Portable>;
+  using ColumnHasher = cpu::ColumnHasher<Portable>;
+  template <Family>
+  using Prepared = U;
+  static constexpr int lanes = 4;
+  static constexpr int block = 2;
+
+  static NMKERN_INLINE V set1(uint32_t v) { return V{v, v}; }
+  static NMKERN_INLINE V xor2(V a, V b) { return a ^ b; }
+  static NMKERN_INLINE V xor3(V a, V b, V c) { return a ^ b ^ c; }
+  static NMKERN_INLINE V high(V p) { return p >> 32; }
+  static NMKERN_INLINE V multiply(V a, uint32_t b) { return (a & 0xFFFFFFFFu) * uint64_t{b}; }
+  static NMKERN_INLINE V lanes_from(uint32_t first, int odd) {
+    return V{uint32_t(first + odd), uint32_t(first + 2 + odd)};
+  }
+  static NMKERN_INLINE U merge(V even, V odd) {
+    return U{uint32_t(even[0]), uint32_t(odd[0]), uint32_t(even[1]), uint32_t(odd[1])};
+  }
+
+  static NMKERN_INLINE F zero() { return F{}; }
+  static NMKERN_INLINE F load(const float* p) {
+    F v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static NMKERN_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+  static NMKERN_INLINE F broadcast(const float* p) { return F{*p, *p, *p, *p}; }
+  static NMKERN_INLINE F fma(F a, F b, F c) { return a * b + c; }
+
+  template <Family>
+  static NMKERN_INLINE U prepare(U word) {
+    return word;
+  }
+
+  template <Family Fam, int Field>
+  static NMKERN_INLINE F decode(U word) {
+    const U field = (word >> (32 / columns_per_word(Fam) * Field)) &
+                    ((1u << (32 / columns_per_word(Fam))) - 1);
+    if constexpr (Fam == Family::normal) {
+      static const NormalFloats table;
+      return F{table.code[field[0]], table.code[field[1]], table.code[field[2]], table.code[field[3]]};
+    } else {
+      typedef int32_t I __attribute__((vector_size(16)));
+      const I code = 2 * (I)field - (Fam == Family::uniform ? 15 : 1);
+      return __builtin_convertvector(code, F);
+    }
+  }
+};
+
+void run(const Tile& t) { run_family<Portable, FloatCodec<Portable>::Of>(t); }
+constexpr Kernels kKernels{"portable", Portable::lanes, Portable::block, false,
+                           tile_bytes<Portable>(), run};
+}  // namespace
+const Kernels* portable_kernels() { return &kKernels; }
+}  // namespace nmkern::cpu

@@ -1,0 +1,48 @@
+// The instruction set that the kernels use: the best that this build and this CPU have, or a forced one.
+#include <atomic>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace nmkern::cpu {
+namespace {
+
+bool cpu_has(const Kernels& kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(kernels.name, "avx512_bf16"))
+    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(kernels.name, "avx512")) return avx512;
+  if (!std::strcmp(kernels.name, "avx2"))
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return !std::strcmp(kernels.name, "portable");
+}
+
+// By name, or the best for nullptr.
+const Kernels* find(const char* name) {
+  for (const Kernels* k :
+       {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
+    if (k && cpu_has(*k) && (!name || !std::strcmp(name, k->name))) return k;
+  return nullptr;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_relaxed);
+  if (!now) chosen.store(now = find(nullptr), std::memory_order_relaxed);
+  return *now;
+}
+
+bool set_kernels(const char* name) {
+  const Kernels* found = find(name);
+  if (found) chosen.store(found, std::memory_order_relaxed);
+  return found != nullptr;
+}
+
+}  // namespace nmkern::cpu
