@@ -19,7 +19,7 @@ struct Avx2 {
   template <Family>
   using Prepared = U;
   static constexpr int lanes = 8;
-  static constexpr int block = 2;  // 8 sums, 4 weights, 1 x, 2 constants of 16 registers
+  static constexpr int max_block = 2;  // 8 sums, 4 weights, 1 x, 2 constants of 16 registers
 
   static NMKERN_INLINE V set1(uint32_t v) { return _mm256_set1_epi32(int(v)); }
   static NMKERN_INLINE V xor2(V a, V b) { return _mm256_xor_si256(a, b); }
@@ -66,7 +66,7 @@ struct Avx2 {
 };
 
 void run(const Tile& t) { run_family<Avx2, FloatCodec<Avx2>::Of>(t); }
-constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::block, false, tile_bytes<Avx2>(), run};
+constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, false, tile_bytes<Avx2>(), run};
 }  // namespace
 const Kernels* avx2_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

@@ -18,7 +18,7 @@ struct Avx512 {
   using RowHasher = cpu::RowHasher<Avx512>;
   using ColumnHasher = cpu::ColumnHasher<Avx512>;
   static constexpr int lanes = 16;
-  static constexpr int block = 6;  // 24 sums, 4 weights, 1 x, 1 to 3 constants of 32 registers
+  static constexpr int max_block = 6;  // 24 sums, 4 weights, 1 x, 1 to 3 constants of 32 registers
 
   static NMKERN_INLINE V set1(uint32_t v) { return _mm512_set1_epi32(int(v)); }
   static NMKERN_INLINE V xor2(V a, V b) { return _mm512_xor_si512(a, b); }

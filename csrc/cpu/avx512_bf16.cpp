@@ -60,7 +60,7 @@ void run(const Tile& t) {
   if (t.bf16) run_family<Avx512, Bf16Codec>(t);
   else run_family<Avx512, FloatCodec<Avx512>::Of>(t);
 }
-constexpr Kernels kKernels{"avx512_bf16", Avx512::lanes, Avx512::block, true, tile_bytes<Avx512>(),
+constexpr Kernels kKernels{"avx512_bf16", Avx512::lanes, Avx512::max_block, true, tile_bytes<Avx512>(),
                            run};
 }  // namespace
 const Kernels* avx512_bf16_kernels() { return &kKernels; }

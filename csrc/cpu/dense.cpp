@@ -1,8 +1,8 @@
 // The launcher of the dense products: cuts a call into tiles, packs x, runs the tile kernels, finishes.
 //
 // x is packed once per chunk of rows: converted, multiplied by in_gain, zero-padded to whole words, and
-// laid out [block of rows][reduction step][row], the order in which the kernels read it. Sums live in a
-// few hundred bytes a row and thread; scale, gains and bias are applied as they are written out.
+// laid out in the order in which the kernels read it (Tile::x). Sums live in a few hundred bytes a row and
+// thread; scale, gains and bias are applied as they are written out.
 // Invariant: an output, or a gain's gradient, is summed by one task in an order that the shape fixes.
 #include "dense.h"
 
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kPackedBytes = 16 << 20;  // bounds the packed x, and so the scratch, of any call
 constexpr int64_t kTaskCost = 1 << 16;      // vector operations worth a thread's wake-up (about 10 us)
+constexpr int64_t kFewTiles = 8;
 
 struct Launch {
   const Dense& call;
@@ -30,6 +31,7 @@ struct Launch {
   int64_t output_first;
   int64_t head;  // outputs of the first tile that lie before the matrix
   int64_t tiles;
+  int64_t block;  // rows of x a micro-kernel takes: as even as max_block allows
 
   Launch(const Dense& c, const Runtime& r)
       : call(c), runtime(r), k(kernels()), bf16(k.bf16 && c.x.dtype == Dtype::bfloat16) {
@@ -44,11 +46,14 @@ struct Launch {
     output_first = out / vectors;
     head = out % vectors;
     tiles = (head + c.outputs() + tile_outputs() - 1) / tile_outputs();
+    const int64_t blocks = (c.batch + k.max_block - 1) / k.max_block;
+    block = (c.batch + blocks - 1) / blocks;
   }
 
   int64_t tile_outputs() const { return vectors * k.lanes; }
   int64_t packed_elements() const { return reduction_words * unit; }
-  int64_t packed_row_bytes() const { return packed_elements() * (bf16 ? 2 : 4); }
+  int64_t steps() const { return packed_elements() / (bf16 ? 2 : 1); }
+  int64_t packed_row_bytes() const { return steps() * 4; }
   int64_t sums_floats(int64_t rows) const { return rows * vectors * k.lanes; }
 
   const float* bank(const Bank& bank, int64_t m, int64_t features) const {
@@ -58,29 +63,33 @@ struct Launch {
     return bank.rows == 1 ? 0 : call.context ? call.context[m] : m;
   }
 
-  // Where the packed order puts element e of a row, in units of a row's element.
-  int64_t packed_position(int64_t e) const {
-    if (!bf16) return e;
-    if (call.transposed) return e;  // pairs of neighbouring rows
-    const int64_t half = unit / 2, f = e % unit;
-    return e - f + (f % half) * 2 + f / half;
-  }
-
-  void pack_row(int64_t m, char* block, int64_t rows, int64_t r) const {
-    const float* gain = call.in_gain.data ? bank(call.in_gain, m, call.inputs()) : nullptr;
-    const int64_t elements = packed_elements(), inputs = call.inputs();
-    for (int64_t e = 0; e < elements; ++e) {
-      const int64_t i = e - padding;
-      float value = 0;
-      if (i >= 0 && i < inputs) {
-        value = load(call.x, m, i);
-        if (gain) value *= gain[i];
-      }
-      const int64_t at = packed_position(e);
-      if (bf16) {
-        reinterpret_cast<uint16_t*>(block)[((at / 2) * rows + r) * 2 + at % 2] = to_bfloat16(value);
-      } else {
-        reinterpret_cast<float*>(block)[at * rows + r] = value;
+  // Rows [first, first + rows) of x to `to`, where `all` rows are packed together.
+  void pack_block(int64_t m0, int64_t first, int64_t rows, int64_t all, char* to) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t m = m0 + first + r;
+      const float* gain = call.in_gain.data ? bank(call.in_gain, m, call.inputs()) : nullptr;
+      const auto value = [&](int64_t e) {
+        const int64_t i = e - padding;
+        if (i < 0 || i >= call.inputs()) return 0.0f;
+        return gain ? load(call.x, m, i) * gain[i] : load(call.x, m, i);
+      };
+      const int64_t run_steps = tile_steps(call.transposed, bf16);
+      const int64_t half = unit / 2;
+      for (int64_t run = 0; run < steps(); run += run_steps) {
+        const int64_t count = std::min(run_steps, steps() - run);
+        const int64_t at = run * all + first * count + r;
+        for (int64_t s = 0; s < count; ++s) {
+          const int64_t step = run + s;
+          if (!bf16) {
+            reinterpret_cast<float*>(to)[at + s * rows] = value(step);
+          } else {
+            // Transposed, neighbouring rows; forward, the fields f and f + P / 2 of a word.
+            const int64_t low = call.transposed ? 2 * step : step / half * unit + step % half;
+            const int64_t high = low + (call.transposed ? 1 : half);
+            reinterpret_cast<uint32_t*>(to)[at + s * rows] =
+                uint32_t{to_bfloat16(value(low))} | uint32_t{to_bfloat16(value(high))} << 16;
+          }
+        }
       }
     }
   }
@@ -121,6 +130,7 @@ struct Launch {
     t.reduction_word = uint32_t(reduction_first);
     t.reduction_words = reduction_words;
     t.batch = rows;
+    t.block = block;
     t.x = x;
     t.sums = sums;
     t.scratch = scratch;
@@ -129,12 +139,12 @@ struct Launch {
     const int64_t begin = std::max<int64_t>(0, -first);
     const int64_t end = std::min(tile_outputs(), call.outputs() - first);
     for (int64_t m = 0; m < rows; ++m) {
-      const int64_t block = m / k.block * k.block;
-      const int64_t block_rows = std::min<int64_t>(k.block, rows - block);
+      const int64_t first_row = m / block * block;
+      const int64_t block_rows = std::min(block, rows - first_row);
       for (int64_t v = 0; v < vectors; ++v) {
         const float* from = sums + (v / kVectors) * rows * kVectors * k.lanes +
-                            block * kVectors * k.lanes +
-                            ((v % kVectors) * block_rows + m - block) * k.lanes;
+                            first_row * kVectors * k.lanes +
+                            ((v % kVectors) * block_rows + m - first_row) * k.lanes;
         for (int64_t lane = 0; lane < k.lanes; ++lane) row[lane * vectors + v] = from[lane];
       }
       finish(m0 + m, first + begin, end - begin, row + begin);
@@ -148,25 +158,21 @@ void dense_product(const Dense& call, const Runtime& runtime) {
   if (call.batch == 0) return;
   const Launch launch(call, runtime);
   const Kernels& k = launch.k;
-  // Rows of x that are packed together: all, or as many whole blocks as the budget takes.
-  const int64_t fit = std::max<int64_t>(1, kPackedBytes / launch.packed_row_bytes() / k.block);
-  const int64_t chunk = std::min(call.batch, fit * k.block);
-  // Few tiles: the rows are split among tasks as well, unless they must be summed in order.
+  // Rows of x that are packed at a time: all, or as many whole blocks as the budget takes.
+  const int64_t fit = std::max<int64_t>(1, kPackedBytes / launch.packed_row_bytes() / launch.block);
+  const int64_t chunk = std::min(call.batch, fit * launch.block);
+  // A task is a part of those rows times a tile. A part is all of them, unless tiles are too few to
+  // keep threads busy; gains' gradients are summed over rows in order, so there it always is.
   int64_t part = chunk;
-  if (launch.tiles < 8 && !call.gain_grad.data) {
-    const int64_t blocks = (chunk + k.block - 1) / k.block;
-    part = std::max<int64_t>(4, (blocks * launch.tiles + 7) / 8) * k.block;
+  if (launch.tiles < kFewTiles && !call.gain_grad.data) {
+    const int64_t blocks = (chunk + launch.block - 1) / launch.block;
+    part = std::max<int64_t>(4, (blocks * launch.tiles + kFewTiles - 1) / kFewTiles) * launch.block;
     part = std::min(part, chunk);
   }
 
-  const int64_t blocks = (chunk + k.block - 1) / k.block;
-  char* packed = nullptr;
-  if (launch.packed_as_is()) {
-    packed = static_cast<char*>(call.x.data);
-  } else {
-    packed = static_cast<char*>(
-        runtime.allocate(runtime.self, launch.packed_row_bytes() * std::min(chunk, blocks * k.block)));
-  }
+  char* packed = static_cast<char*>(
+      launch.packed_as_is() ? call.x.data
+                            : runtime.allocate(runtime.self, launch.packed_row_bytes() * chunk));
   const int64_t scratch_bytes =
       (k.scratch_bytes + 4 * (launch.sums_floats(part) + launch.tile_outputs()) + 63) / 64 * 64;
   char* scratch =
@@ -174,29 +180,31 @@ void dense_product(const Dense& call, const Runtime& runtime) {
 
   for (int64_t m0 = 0; m0 < call.batch; m0 += chunk) {
     const int64_t rows = std::min(chunk, call.batch - m0);
+    const int64_t parts = (rows + part - 1) / part;
+    const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
-      const int64_t pack_cost = launch.packed_elements() * k.block / 2;
-      parallel_for(runtime, (rows + k.block - 1) / k.block, kTaskCost / pack_cost + 1,
+      const int64_t cost = launch.packed_elements() * launch.block / 2;
+      parallel_for(runtime, parts * part_blocks, kTaskCost / cost + 1,
                    [&](int64_t begin, int64_t end) {
-                     for (int64_t b = begin; b < end; ++b) {
-                       const int64_t first = b * k.block;
-                       const int64_t count = std::min<int64_t>(k.block, rows - first);
-                       for (int64_t r = 0; r < count; ++r)
-                         launch.pack_row(m0 + first + r, packed + first * launch.packed_row_bytes(),
-                                         count, r);
+                     for (int64_t task = begin; task < end; ++task) {
+                       const int64_t p = task / part_blocks * part;
+                       const int64_t all = std::min(part, rows - p);
+                       const int64_t first = task % part_blocks * launch.block;
+                       if (first >= all) continue;
+                       launch.pack_block(m0 + p, first, std::min(launch.block, all - first), all,
+                                         packed + p * launch.packed_row_bytes());
                      }
                    });
     }
-    const int64_t parts = (rows + part - 1) / part;
-    const int64_t cost = launch.reduction_words * launch.unit * launch.vectors *
-                         (6 + std::min(part, rows));
+    const int64_t cost =
+        launch.packed_elements() * launch.vectors * (6 + std::min(part, rows));
     parallel_for(runtime, launch.tiles * parts, kTaskCost / cost + 1,
                  [&](int64_t begin, int64_t end) {
                    char* mine = scratch + scratch_bytes * runtime.thread_index();
                    for (int64_t task = begin; task < end; ++task) {
-                     const int64_t first = task % parts * part;
-                     launch.run_tile(task / parts, m0 + first, std::min(part, rows - first),
-                                     packed + first * launch.packed_row_bytes(), mine);
+                     const int64_t p = task % parts * part;
+                     launch.run_tile(task / parts, m0 + p, std::min(part, rows - p),
+                                     packed + p * launch.packed_row_bytes(), mine);
                    }
                  });
   }

@@ -20,18 +20,24 @@ namespace nmkern::cpu {
 
 constexpr int kVectors = 4;  // vectors of outputs that a micro-kernel holds accumulators for
 
+// Reduction steps that are decoded at a time when there are more rows of x than a micro-kernel takes:
+// 128 steps of 4 AVX-512 vectors are 32 KiB, beside which L1 still holds the words and the run of x.
+constexpr int tile_steps(bool transposed, bool bf16) { return transposed && bf16 ? 64 : 128; }
+
 struct Tile {
   Family family;
   Key key;
   bool transposed;
-  bool bf16;                // x holds pairs of bfloat16, see Kernels::pair_distance
+  bool bf16;                // x holds pairs of bfloat16
   uint32_t output_word;     // forward: c1 of lane 0; transposed: c0 of lane 0
   uint32_t reduction_word;  // forward: first c0; transposed: first c1
   int64_t reduction_words;
   int64_t batch;            // rows of x, M
-  // [ceil(M / block)][steps][rows of the block]: float, or a pair of bfloat16; zero where padded.
+  int64_t block;            // rows of x a micro-kernel takes: at most Kernels::max_block
+  // [runs of tile_steps(...) reduction steps][blocks of rows][steps of the run][rows of the block]:
+  // float, or a pair of bfloat16; zero where padded. A micro-kernel reads it from front to back.
   const void* x;
-  // [chunks of kVectors vectors][ceil(M / block)][kVectors][rows of the block][lanes], overwritten.
+  // [chunks of kVectors vectors][blocks of rows][kVectors][rows of the block][lanes], overwritten.
   float* sums;
   void* scratch;  // scratch_bytes, 64-byte aligned
 };
@@ -39,8 +45,8 @@ struct Tile {
 struct Kernels {
   const char* name;
   int lanes;
-  int block;   // rows of x that a micro-kernel holds accumulators for
-  bool bf16;   // has bfloat16 dot products
+  int max_block;  // rows of x that a micro-kernel has registers for
+  bool bf16;      // has bfloat16 dot products
   int64_t scratch_bytes;
   void (*run)(const Tile& tile);
 };

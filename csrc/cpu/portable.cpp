@@ -16,7 +16,7 @@ struct Portable {
   template <Family>
   using Prepared = U;
   static constexpr int lanes = 4;
-  static constexpr int block = 2;
+  static constexpr int max_block = 2;
 
   static NMKERN_INLINE V set1(uint32_t v) { return V{v, v}; }
   static NMKERN_INLINE V xor2(V a, V b) { return a ^ b; }
@@ -61,7 +61,7 @@ struct Portable {
 };
 
 void run(const Tile& t) { run_family<Portable, FloatCodec<Portable>::Of>(t); }
-constexpr Kernels kKernels{"portable", Portable::lanes, Portable::block, false,
+constexpr Kernels kKernels{"portable", Portable::lanes, Portable::max_block, false,
                            tile_bytes<Portable>(), run};
 }  // namespace
 const Kernels* portable_kernels() { return &kKernels; }
