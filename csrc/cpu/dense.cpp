@@ -51,8 +51,8 @@ struct Launch {
   }
 
   int64_t tile_outputs() const { return vectors * k.lanes; }
-  int64_t packed_elements() const { return reduction_words * unit; }
-  int64_t steps() const { return packed_elements() / (bf16 ? 2 : 1); }
+  int64_t elements() const { return reduction_words * unit; }  // of a packed row
+  int64_t steps() const { return elements() / (bf16 ? 2 : 1); }
   int64_t packed_row_bytes() const { return steps() * 4; }
   int64_t sums_floats(int64_t rows) const { return rows * vectors * k.lanes; }
 
@@ -63,31 +63,43 @@ struct Launch {
     return bank.rows == 1 ? 0 : call.context ? call.context[m] : m;
   }
 
-  // Rows [first, first + rows) of x to `to`, where `all` rows are packed together.
-  void pack_block(int64_t m0, int64_t first, int64_t rows, int64_t all, char* to) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t m = m0 + first + r;
-      const float* gain = call.in_gain.data ? bank(call.in_gain, m, call.inputs()) : nullptr;
-      const auto value = [&](int64_t e) {
-        const int64_t i = e - padding;
-        if (i < 0 || i >= call.inputs()) return 0.0f;
-        return gain ? load(call.x, m, i) * gain[i] : load(call.x, m, i);
-      };
-      const int64_t run_steps = tile_steps(call.transposed, bf16);
-      const int64_t half = unit / 2;
-      for (int64_t run = 0; run < steps(); run += run_steps) {
-        const int64_t count = std::min(run_steps, steps() - run);
+  // Elements [first, first + count) of the packed row m: converted, with in_gain, zero outside of x.
+  void pack_elements(int64_t m, int64_t first, int64_t count, float* to) const {
+    const int64_t begin = std::clamp<int64_t>(padding - first, 0, count);
+    const int64_t end = std::clamp<int64_t>(padding + call.inputs() - first, begin, count);
+    const int64_t i = first + begin - padding;
+    std::fill(to, to + begin, 0.0f);
+    read_row(call.x, m, i, end - begin, to + begin);
+    std::fill(to + end, to + count, 0.0f);
+    if (call.in_gain.data) {
+      const float* gain = bank(call.in_gain, m, call.inputs()) + i;
+      for (int64_t e = begin; e < end; ++e) to[e] *= gain[e - begin];
+    }
+  }
+
+  // Rows [first, first + rows) of the `all` that are packed together from m0 on.
+  void pack_block(int64_t m0, int64_t first, int64_t rows, int64_t all, char* packed) const {
+    float row[2 * tile_steps(false, true)];
+    const int64_t run_steps = tile_steps(call.transposed, bf16);
+    const int64_t half = unit / 2;
+    for (int64_t run = 0; run < steps(); run += run_steps) {
+      const int64_t count = std::min(run_steps, steps() - run);
+      for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = run * all + first * count + r;
-        for (int64_t s = 0; s < count; ++s) {
-          const int64_t step = run + s;
-          if (!bf16) {
-            reinterpret_cast<float*>(to)[at + s * rows] = value(step);
-          } else {
-            // Transposed, neighbouring rows; forward, the fields f and f + P / 2 of a word.
-            const int64_t low = call.transposed ? 2 * step : step / half * unit + step % half;
-            const int64_t high = low + (call.transposed ? 1 : half);
-            reinterpret_cast<uint32_t*>(to)[at + s * rows] =
-                uint32_t{to_bfloat16(value(low))} | uint32_t{to_bfloat16(value(high))} << 16;
+        if (!bf16) {
+          pack_elements(m0 + first + r, run, count, row);
+          float* to = reinterpret_cast<float*>(packed) + at;
+          for (int64_t s = 0; s < count; ++s) to[s * rows] = row[s];
+          continue;
+        }
+        // A pair: transposed, neighbouring rows; forward, the fields f and f + P / 2 of a word.
+        pack_elements(m0 + first + r, 2 * run, 2 * count, row);
+        uint32_t* to = reinterpret_cast<uint32_t*>(packed) + at;
+        const int64_t group = call.transposed ? 1 : half;
+        for (int64_t g = 0; g < count; g += group) {
+          const float* low = row + 2 * g;
+          for (int64_t f = 0; f < group; ++f) {
+            to[(g + f) * rows] = uint32_t{to_bfloat16(low[f])} | uint32_t{to_bfloat16(low[group + f])} << 16;
           }
         }
       }
@@ -96,25 +108,29 @@ struct Launch {
 
   bool packed_as_is() const {
     return call.batch == 1 && call.x.dtype == Dtype::float32 && call.x.col_stride == 1 &&
-           !call.in_gain.data && padding == 0 && packed_elements() == call.inputs();
+           !call.in_gain.data && padding == 0 && elements() == call.inputs();
   }
 
-  // One row of a tile: factor, gains and bias, or the gradient of a gain.
-  void finish(int64_t m, int64_t n0, int64_t count, const float* sum) const {
+  // One row of a tile, outputs [n, n + count): factor, gains and bias, or the gradient of a gain.
+  // `spare` has room for another row.
+  void finish(int64_t m, int64_t n, int64_t count, float* sum, float* spare) const {
     const int64_t n_all = call.outputs();
-    const float* gain = call.out_gain.data ? bank(call.out_gain, m, n_all) : nullptr;
-    const float* bias = call.bias.data ? bank(call.bias, m, n_all) : nullptr;
-    float* grad = call.gain_grad.data ? call.gain_grad.data + bank_row(call.gain_grad, m) * n_all
-                                      : nullptr;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = n0 + i;
-      float value = sum[i] * call.factor;
-      if (grad) grad[n] += load(call.other, m, n) * value;
-      if (!call.y.data) continue;
-      if (gain) value *= gain[n];
-      if (bias) value += bias[n];
-      store(call.y, m, n, value);
+    for (int64_t i = 0; i < count; ++i) sum[i] *= call.factor;
+    if (call.gain_grad.data) {
+      float* grad = call.gain_grad.data + bank_row(call.gain_grad, m) * n_all + n;
+      read_row(call.other, m, n, count, spare);
+      for (int64_t i = 0; i < count; ++i) grad[i] += spare[i] * sum[i];
     }
+    if (!call.y.data) return;
+    if (call.out_gain.data) {
+      const float* gain = bank(call.out_gain, m, n_all) + n;
+      for (int64_t i = 0; i < count; ++i) sum[i] *= gain[i];
+    }
+    if (call.bias.data) {
+      const float* bias = bank(call.bias, m, n_all) + n;
+      for (int64_t i = 0; i < count; ++i) sum[i] += bias[i];
+    }
+    write_row(call.y, m, n, count, sum);
   }
 
   // Rows [m0, m0 + rows) of tile number `tile`; x is packed from m0 on.
@@ -147,7 +163,7 @@ struct Launch {
                             ((v % kVectors) * block_rows + m - first_row) * k.lanes;
         for (int64_t lane = 0; lane < k.lanes; ++lane) row[lane * vectors + v] = from[lane];
       }
-      finish(m0 + m, first + begin, end - begin, row + begin);
+      finish(m0 + m, first + begin, end - begin, row + begin, row + tile_outputs());
     }
   }
 };
@@ -174,7 +190,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
       launch.packed_as_is() ? call.x.data
                             : runtime.allocate(runtime.self, launch.packed_row_bytes() * chunk));
   const int64_t scratch_bytes =
-      (k.scratch_bytes + 4 * (launch.sums_floats(part) + launch.tile_outputs()) + 63) / 64 * 64;
+      (k.scratch_bytes + 4 * (launch.sums_floats(part) + 2 * launch.tile_outputs()) + 63) / 64 * 64;
   char* scratch =
       static_cast<char*>(runtime.allocate(runtime.self, scratch_bytes * runtime.threads));
 
@@ -183,7 +199,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
     const int64_t parts = (rows + part - 1) / part;
     const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
-      const int64_t cost = launch.packed_elements() * launch.block / 2;
+      const int64_t cost = launch.elements() * launch.block / 2;
       parallel_for(runtime, parts * part_blocks, kTaskCost / cost + 1,
                    [&](int64_t begin, int64_t end) {
                      for (int64_t task = begin; task < end; ++task) {
@@ -197,7 +213,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
                    });
     }
     const int64_t cost =
-        launch.packed_elements() * launch.vectors * (6 + std::min(part, rows));
+        launch.elements() * launch.vectors * (6 + std::min(part, rows));
     parallel_for(runtime, launch.tiles * parts, kTaskCost / cost + 1,
                  [&](int64_t begin, int64_t end) {
                    char* mine = scratch + scratch_bytes * runtime.thread_index();

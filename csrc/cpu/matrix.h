@@ -1,4 +1,4 @@
-// Element access to a strided matrix of any of the dtypes, as float32.
+// Rows of a strided matrix of any of the dtypes, read and written as float32.
 #pragma once
 
 #include <cstring>
@@ -7,35 +7,66 @@
 
 namespace nmkern::cpu {
 
-inline float load(const Matrix& a, int64_t row, int64_t col) {
-  const int64_t at = row * a.row_stride + col * a.col_stride;
-  switch (a.dtype) {
-    case Dtype::float32: return static_cast<const float*>(a.data)[at];
-    case Dtype::float16: return float(static_cast<const _Float16*>(a.data)[at]);
-    case Dtype::bfloat16: {
-      const uint32_t bits = uint32_t(static_cast<const uint16_t*>(a.data)[at]) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
-      return value;
-    }
-  }
-  __builtin_unreachable();
+inline float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
 }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
 inline uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if (value != value) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return uint16_t(value == value ? rounded : bits >> 16 | 0x40);
 }
 
-inline void store(const Matrix& a, int64_t row, int64_t col, float value) {
-  const int64_t at = row * a.row_stride + col * a.col_stride;
+template <class T, class Convert>
+inline void read(const T* from, int64_t stride, int64_t count, float* to, Convert convert) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = convert(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = convert(from[i * stride]);
+  }
+}
+
+template <class T, class Convert>
+inline void write(T* to, int64_t stride, int64_t count, const float* from, Convert convert) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = convert(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = convert(from[i]);
+  }
+}
+
+// a[row, first : first + count] -> to
+inline void read_row(const Matrix& a, int64_t row, int64_t first, int64_t count, float* to) {
+  const int64_t at = row * a.row_stride + first * a.col_stride;
   switch (a.dtype) {
-    case Dtype::float32: static_cast<float*>(a.data)[at] = value; return;
-    case Dtype::float16: static_cast<_Float16*>(a.data)[at] = _Float16(value); return;
-    case Dtype::bfloat16: static_cast<uint16_t*>(a.data)[at] = to_bfloat16(value); return;
+    case Dtype::float32:
+      return read(static_cast<const float*>(a.data) + at, a.col_stride, count, to,
+                  [](float v) { return v; });
+    case Dtype::float16:
+      return read(static_cast<const _Float16*>(a.data) + at, a.col_stride, count, to,
+                  [](_Float16 v) { return float(v); });
+    case Dtype::bfloat16:
+      return read(static_cast<const uint16_t*>(a.data) + at, a.col_stride, count, to, from_bfloat16);
+  }
+}
+
+// from -> a[row, first : first + count]
+inline void write_row(const Matrix& a, int64_t row, int64_t first, int64_t count, const float* from) {
+  const int64_t at = row * a.row_stride + first * a.col_stride;
+  switch (a.dtype) {
+    case Dtype::float32:
+      return write(static_cast<float*>(a.data) + at, a.col_stride, count, from,
+                   [](float v) { return v; });
+    case Dtype::float16:
+      return write(static_cast<_Float16*>(a.data) + at, a.col_stride, count, from,
+                   [](float v) { return _Float16(v); });
+    case Dtype::bfloat16:
+      return write(static_cast<uint16_t*>(a.data) + at, a.col_stride, count, from, to_bfloat16);
   }
 }
 

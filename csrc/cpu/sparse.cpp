@@ -2,8 +2,8 @@
 // of x at once.
 //
 // x is transposed into blocks [block of 16 rows][input][16], so that an input serves 16 rows of the
-// batch with one vector load. Blocks of rows are independent, so tasks are blocks (and, gathering,
-// chunks of outputs); within a sum the order is that of the draws, or of the rows.
+// batch with one vector load. A task is a block; within a sum the order is that of the draws, or of the
+// rows.
 #include "sparse.h"
 
 #include <algorithm>
@@ -17,6 +17,7 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int64_t kChunk = 2048;              // matrix rows whose columns are held at a time
 constexpr int64_t kTransposedBytes = 16 << 20;  // bounds the transposed x and y
+constexpr int64_t kRun = 64;    // inputs or outputs that are transposed at a time
 constexpr int64_t kScanned = 64;  // draws that are checked for repeats by scanning; beyond, by sorting
 
 // The distinct columns of a row in drawing order, relative to the view; -1 outside of it.
@@ -43,35 +44,61 @@ void draw_columns(const Sparse& call, int64_t row, int64_t* columns, std::vector
   }
 }
 
-}  // namespace
+// `Lanes` rows of the batch: x and y are [inputs or outputs][Lanes].
+template <int Lanes>
+void gather(const Sparse& call, const int64_t* columns, int64_t count, const float* x, float* y) {
+  for (int64_t r = 0; r < count; ++r, columns += call.fan_in, y += Lanes) {
+    float sum[Lanes] = {};
+    for (int64_t s = 0; s < call.fan_in; ++s) {
+      if (columns[s] < 0) continue;
+      const float* value = x + columns[s] * Lanes;
+      for (int lane = 0; lane < Lanes; ++lane) sum[lane] += value[lane];
+    }
+    std::copy_n(sum, Lanes, y);
+  }
+}
 
-void sparse_product(const Sparse& call, const Runtime& runtime) {
-  if (call.batch == 0) return;
+template <int Lanes>
+void scatter(const Sparse& call, const int64_t* columns, int64_t count, const float* x, float* y) {
+  for (int64_t r = 0; r < count; ++r, columns += call.fan_in, x += Lanes) {
+    for (int64_t s = 0; s < call.fan_in; ++s) {
+      if (columns[s] < 0) continue;
+      float* sum = y + columns[s] * Lanes;
+      for (int lane = 0; lane < Lanes; ++lane) sum[lane] += x[lane];
+    }
+  }
+}
+
+template <int Lanes>
+void product(const Sparse& call, const Runtime& runtime) {
   const int64_t inputs = call.inputs(), outputs = call.outputs();
-  const int64_t block_bytes = kLanes * 4 * (inputs + outputs);
-  const int64_t blocks_at_once =
-      std::min((call.batch + kLanes - 1) / kLanes,
-               std::max<int64_t>(runtime.threads, kTransposedBytes / block_bytes));
-  auto* x = static_cast<float*>(
-      runtime.allocate(runtime.self, blocks_at_once * kLanes * 4 * inputs));
-  auto* y = static_cast<float*>(
-      runtime.allocate(runtime.self, blocks_at_once * kLanes * 4 * outputs));
+  const int64_t block_bytes = Lanes * 4 * (inputs + outputs);
+  const int64_t at_once = std::min((call.batch + Lanes - 1) / Lanes,
+                                   std::max(runtime.threads, kTransposedBytes / block_bytes));
+  const auto allocate = [&](int64_t bytes) { return runtime.allocate(runtime.self, bytes); };
+  auto* x = static_cast<float*>(allocate(at_once * Lanes * 4 * inputs));
+  auto* y = static_cast<float*>(allocate(at_once * Lanes * 4 * outputs));
   const int64_t chunk = std::min(kChunk, call.rows);
-  auto* columns = static_cast<int64_t*>(runtime.allocate(runtime.self, chunk * call.fan_in * 8));
+  auto* columns = static_cast<int64_t*>(allocate(chunk * call.fan_in * 8));
 
-  for (int64_t m0 = 0; m0 < call.batch; m0 += blocks_at_once * kLanes) {
-    const int64_t rows = std::min(blocks_at_once * kLanes, call.batch - m0);
-    const int64_t blocks = (rows + kLanes - 1) / kLanes;
-    const int64_t grain = (1 << 16) / (kLanes * std::max(inputs, outputs)) + 1;
+  for (int64_t m0 = 0; m0 < call.batch; m0 += at_once * Lanes) {
+    const int64_t rows = std::min(at_once * Lanes, call.batch - m0);
+    const int64_t blocks = (rows + Lanes - 1) / Lanes;
+    const int64_t grain = (1 << 16) / (Lanes * std::max(inputs, outputs)) + 1;
     parallel_for(runtime, blocks, grain, [&](int64_t begin, int64_t end) {
+      float row[kRun];
       for (int64_t b = begin; b < end; ++b) {
-        float* to = x + b * kLanes * inputs;
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const int64_t m = b * kLanes + lane;
-          for (int64_t i = 0; i < inputs; ++i)
-            to[i * kLanes + lane] = m < rows ? load(call.x, m0 + m, i) : 0;
+        float* to = x + b * Lanes * inputs;
+        const int64_t lanes = std::min<int64_t>(Lanes, rows - b * Lanes);
+        if (lanes < Lanes) std::fill_n(to, Lanes * inputs, 0.0f);
+        for (int64_t i = 0; i < inputs; i += kRun) {
+          const int64_t count = std::min(kRun, inputs - i);
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            read_row(call.x, m0 + b * Lanes + lane, i, count, row);
+            for (int64_t j = 0; j < count; ++j) to[(i + j) * Lanes + lane] = row[j];
+          }
         }
-        std::fill_n(y + b * kLanes * outputs, kLanes * outputs, 0.0f);
+        if (call.transposed) std::fill_n(y + b * Lanes * outputs, Lanes * outputs, 0.0f);
       }
     });
     for (int64_t r0 = 0; r0 < call.rows; r0 += chunk) {
@@ -81,40 +108,40 @@ void sparse_product(const Sparse& call, const Runtime& runtime) {
         for (int64_t r = begin; r < end; ++r)
           draw_columns(call, call.row_offset + r0 + r, columns + r * call.fan_in, sorted);
       });
-      parallel_for(runtime, blocks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t adds = Lanes * count * call.fan_in;
+      parallel_for(runtime, blocks, (1 << 17) / adds + 1, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
-          const float* from = x + b * kLanes * inputs;
-          float* to = y + b * kLanes * outputs;
-          for (int64_t r = 0; r < count; ++r) {
-            const int64_t* drawn = columns + r * call.fan_in;
-            if (call.transposed) {
-              const float* value = from + (r0 + r) * kLanes;
-              for (int64_t s = 0; s < call.fan_in; ++s) {
-                if (drawn[s] < 0) continue;
-                float* sum = to + drawn[s] * kLanes;
-                for (int lane = 0; lane < kLanes; ++lane) sum[lane] += value[lane];
-              }
-            } else {
-              float sum[kLanes] = {};
-              for (int64_t s = 0; s < call.fan_in; ++s) {
-                if (drawn[s] < 0) continue;
-                const float* value = from + drawn[s] * kLanes;
-                for (int lane = 0; lane < kLanes; ++lane) sum[lane] += value[lane];
-              }
-              std::copy_n(sum, kLanes, to + (r0 + r) * kLanes);
-            }
-          }
+          const float* from = x + b * Lanes * inputs;
+          float* to = y + b * Lanes * outputs;
+          if (call.transposed) scatter<Lanes>(call, columns, count, from + r0 * Lanes, to);
+          else gather<Lanes>(call, columns, count, from, to + r0 * Lanes);
         }
       });
     }
     parallel_for(runtime, blocks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin * kLanes; m < std::min(rows, end * kLanes); ++m) {
-        const float* from = y + m / kLanes * kLanes * outputs + m % kLanes;
-        for (int64_t n = 0; n < outputs; ++n)
-          store(call.y, m0 + m, n, from[n * kLanes] * call.factor);
+      float row[kRun];
+      for (int64_t b = begin; b < end; ++b) {
+        const float* from = y + b * Lanes * outputs;
+        const int64_t lanes = std::min<int64_t>(Lanes, rows - b * Lanes);
+        for (int64_t n = 0; n < outputs; n += kRun) {
+          const int64_t count = std::min(kRun, outputs - n);
+          for (int64_t lane = 0; lane < lanes; ++lane) {
+            for (int64_t j = 0; j < count; ++j) row[j] = from[(n + j) * Lanes + lane] * call.factor;
+            write_row(call.y, m0 + b * Lanes + lane, n, count, row);
+          }
+        }
       }
     });
   }
+}
+
+}  // namespace
+
+void sparse_product(const Sparse& call, const Runtime& runtime) {
+  if (call.batch == 0) return;
+  // Up to 4 rows a scalar loop is faster than 16 lanes that are mostly padding.
+  if (call.batch <= 4) product<1>(call, runtime);
+  else product<kLanes>(call, runtime);
 }
 
 }  // namespace nmkern::cpu
