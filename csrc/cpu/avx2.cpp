@@ -5,6 +5,7 @@
 #include "codec.h"
 #include "hash.h"
 #include "tables.h"
+#include "sparse_tile.h"
 #include "tile.h"
 
 namespace nmkern::cpu {
@@ -32,6 +33,31 @@ struct Avx2 {
   }
   static NMKERN_INLINE U merge(V even, V odd) {
     return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  }
+
+  static NMKERN_INLINE U set_words(uint32_t v) { return set1(v); }
+  static NMKERN_INLINE U load_words(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static NMKERN_INLINE void store_words(uint32_t* p, U v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+  }
+  static NMKERN_INLINE U subtract(U a, U b) { return _mm256_sub_epi32(a, b); }
+  static NMKERN_INLINE U min_words(U a, U b) { return _mm256_min_epu32(a, b); }
+  static NMKERN_INLINE U or_equal(U mask, U a, U b) {
+    return _mm256_or_si256(mask, _mm256_cmpeq_epi32(a, b));
+  }
+  static NMKERN_INLINE U choose(U mask, U yes, U no) { return _mm256_blendv_epi8(no, yes, mask); }
+  static NMKERN_INLINE U multiply_high(U a, uint32_t b) {
+    return _mm256_blend_epi32(high(multiply(a, b)), multiply(high(a), b), 0xAA);
+  }
+  static NMKERN_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static NMKERN_INLINE F gather(const float* x, U index) { return _mm256_i32gather_ps(x, index, 4); }
+
+  // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch
+  static NMKERN_INLINE void transpose(const float* from, float* to) {
+    for (int j = 0; j < kBatch; ++j)
+      for (int i = 0; i < lanes; ++i) to[j * kSparseRows + i] = from[i * kBatch + j];
   }
 
   static NMKERN_INLINE F zero() { return _mm256_setzero_ps(); }
@@ -66,7 +92,7 @@ struct Avx2 {
 };
 
 void run(const Tile& t) { run_family<Avx2, FloatCodec<Avx2>::Of>(t); }
-constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, false, tile_bytes<Avx2>(), run};
+constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, false, tile_bytes<Avx2>(), run, sparse_kernels<Avx2>()};
 }  // namespace
 const Kernels* avx2_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

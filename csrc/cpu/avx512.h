@@ -5,6 +5,7 @@
 
 #include "codec.h"
 #include "hash.h"
+#include "sparse_tile.h"
 #include "tables.h"
 #include "tile.h"
 
@@ -32,6 +33,50 @@ struct Avx512 {
   }
   static NMKERN_INLINE U merge(V even, V odd) {
     return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  }
+
+  static NMKERN_INLINE U set_words(uint32_t v) { return set1(v); }
+  static NMKERN_INLINE U load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static NMKERN_INLINE void store_words(uint32_t* p, U v) { _mm512_storeu_si512(p, v); }
+  static NMKERN_INLINE U subtract(U a, U b) { return _mm512_sub_epi32(a, b); }
+  static NMKERN_INLINE U min_words(U a, U b) { return _mm512_min_epu32(a, b); }
+  static NMKERN_INLINE U or_equal(U mask, U a, U b) {
+    return _mm512_mask_mov_epi32(mask, _mm512_cmpeq_epi32_mask(a, b), set1(~0u));
+  }
+  static NMKERN_INLINE U choose(U mask, U yes, U no) {
+    return _mm512_ternarylogic_epi32(mask, yes, no, 0xCA);
+  }
+  static NMKERN_INLINE U multiply_high(U a, uint32_t b) {
+    return _mm512_mask_mov_epi32(high(multiply(a, b)), 0xAAAA, multiply(high(a), b));
+  }
+  static NMKERN_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static NMKERN_INLINE F gather(const float* x, U index) { return _mm512_i32gather_ps(index, x, 4); }
+
+  // to[j * kSparseRows + i] = from[i * kBatch + j] for 16 x 16
+  static NMKERN_INLINE void transpose(const float* from, float* to) {
+    __m512 a[16], b[16];
+    unroll<16>([&](auto i) NMKERN_FLAT { a[i] = _mm512_load_ps(from + i * kBatch); });
+    unroll<8>([&](auto i) NMKERN_FLAT {
+      b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+      b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+    });
+    unroll<4>([&](auto i) NMKERN_FLAT {
+      a[4 * i] = _mm512_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+      a[4 * i + 1] = _mm512_shuffle_ps(b[4 * i], b[4 * i + 2], 0xEE);
+      a[4 * i + 2] = _mm512_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+      a[4 * i + 3] = _mm512_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xEE);
+    });
+    // a[4 i + c] holds columns c, c + 4, c + 8, c + 12 (its 128-bit lanes) of rows 4 i to 4 i + 3.
+    unroll<4>([&](auto c) NMKERN_FLAT {
+      const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44);
+      const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE);
+      const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
+      const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
+      store(to + c * kSparseRows, _mm512_shuffle_f32x4(low01, low23, 0x88));
+      store(to + (c + 4) * kSparseRows, _mm512_shuffle_f32x4(low01, low23, 0xDD));
+      store(to + (c + 8) * kSparseRows, _mm512_shuffle_f32x4(high01, high23, 0x88));
+      store(to + (c + 12) * kSparseRows, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+    });
   }
 
   static NMKERN_INLINE F zero() { return _mm512_setzero_ps(); }

@@ -42,6 +42,27 @@ struct Tile {
   void* scratch;  // scratch_bytes, 64-byte aligned
 };
 
+// kSparseRows rows of a sparse matrix from first_row on, seen through columns [col_offset, + cols).
+struct SparseRows {
+  Key key;
+  uint32_t first_row, population, fan_in, col_offset, cols;
+};
+
+constexpr int kSparseRows = 64;  // rows that are drawn and gathered at a time
+constexpr int kBatch = 16;       // rows of the batch that share a drawn column
+
+// Drawn columns are laid out [kSparseRows / lanes][fan_in][lanes], relative to col_offset; one that lies
+// outside of the view is `cols`, where x has a zero and y a slot that nobody reads.
+struct SparseKernels {
+  void (*draw)(const SparseRows& rows, uint32_t* columns);
+  // tile[kBatch][kSparseRows] from x[cols + 1][kBatch]
+  void (*gather)(const uint32_t* columns, int64_t fan_in, const float* x, float* tile);
+  // sums[kSparseRows] from x[cols + 1]
+  void (*gather_one)(const uint32_t* columns, int64_t fan_in, const float* x, float* sums);
+  // y[cols + 1][kBatch] += x[rows][kBatch], at most kSparseRows rows
+  void (*scatter)(const uint32_t* columns, int64_t fan_in, int64_t rows, const float* x, float* y);
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -49,6 +70,7 @@ struct Kernels {
   bool bf16;      // has bfloat16 dot products
   int64_t scratch_bytes;
   void (*run)(const Tile& tile);
+  SparseKernels sparse;
 };
 
 // The chosen instruction set, and all that this build and this CPU have, best first.

@@ -2,6 +2,7 @@
 #include "codec.h"
 #include "hash.h"
 #include "tables.h"
+#include "sparse_tile.h"
 #include "tile.h"
 
 namespace nmkern::cpu {
@@ -28,6 +29,31 @@ struct Portable {
   }
   static NMKERN_INLINE U merge(V even, V odd) {
     return U{uint32_t(even[0]), uint32_t(odd[0]), uint32_t(even[1]), uint32_t(odd[1])};
+  }
+
+  static NMKERN_INLINE U set_words(uint32_t v) { return U{v, v, v, v}; }
+  static NMKERN_INLINE U load_words(const uint32_t* p) {
+    U v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static NMKERN_INLINE void store_words(uint32_t* p, U v) { std::memcpy(p, &v, sizeof v); }
+  static NMKERN_INLINE U subtract(U a, U b) { return a - b; }
+  static NMKERN_INLINE U min_words(U a, U b) { return a < b ? a : b; }
+  static NMKERN_INLINE U or_equal(U mask, U a, U b) { return mask | (U)(a == b); }
+  static NMKERN_INLINE U choose(U mask, U yes, U no) { return (yes & mask) | (no & ~mask); }
+  static NMKERN_INLINE U multiply_high(U a, uint32_t b) {
+    U v;
+    for (int i = 0; i < lanes; ++i) v[i] = uint32_t((uint64_t{a[i]} * b) >> 32);
+    return v;
+  }
+  static NMKERN_INLINE F add(F a, F b) { return a + b; }
+  static NMKERN_INLINE F gather(const float* x, U i) { return F{x[i[0]], x[i[1]], x[i[2]], x[i[3]]}; }
+
+  // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch
+  static NMKERN_INLINE void transpose(const float* from, float* to) {
+    for (int j = 0; j < kBatch; ++j)
+      for (int i = 0; i < lanes; ++i) to[j * kSparseRows + i] = from[i * kBatch + j];
   }
 
   static NMKERN_INLINE F zero() { return F{}; }
@@ -62,7 +88,7 @@ struct Portable {
 
 void run(const Tile& t) { run_family<Portable, FloatCodec<Portable>::Of>(t); }
 constexpr Kernels kKernels{"portable", Portable::lanes, Portable::max_block, false,
-                           tile_bytes<Portable>(), run};
+                           tile_bytes<Portable>(), run, sparse_kernels<Portable>()};
 }  // namespace
 const Kernels* portable_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

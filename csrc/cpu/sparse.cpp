@@ -1,133 +1,193 @@
-// The sparse projection: columns are drawn chunk by chunk, then gathered (or scattered) for many rows
-// of x at once.
+// The launcher of the sparse projection: draws columns chunk by chunk, then gathers or scatters.
 //
-// x is transposed into blocks [block of 16 rows][input][16], so that an input serves 16 rows of the
-// batch with one vector load. A task is a block; within a sum the order is that of the draws, or of the
-// rows.
+// x is transposed into blocks [block of 16 rows][input][16], so that a drawn column serves 16 rows of the
+// batch with one load; a batch of few rows goes row by row. A task is a block (and, gathering, a group of
+// 64 outputs); within a sum the order is that of the draws, or of the matrix rows.
 #include "sparse.h"
 
 #include <algorithm>
-#include <vector>
+#include <unordered_set>
 
+#include "kernels.h"
 #include "matrix.h"
 
 namespace nmkern::cpu {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int64_t kChunk = 2048;              // matrix rows whose columns are held at a time
-constexpr int64_t kTransposedBytes = 16 << 20;  // bounds the transposed x and y
-constexpr int64_t kRun = 64;    // inputs or outputs that are transposed at a time
-constexpr int64_t kScanned = 64;  // draws that are checked for repeats by scanning; beyond, by sorting
+constexpr int64_t kColumnBytes = 4 << 20;  // bounds the drawn columns that are held at a time
+constexpr int64_t kBlockBytes = 16 << 20;  // bounds the transposed x and sums
+constexpr int64_t kRun = 64;               // inputs or outputs that are transposed at a time
+constexpr int64_t kFewRows = 4;            // of the batch: row by row beats 16 lanes of mostly padding
+constexpr int64_t kCompared = 1024;  // draws that are checked for repeats by comparing; beyond, by a set
+constexpr int64_t kTaskCost = 1 << 16;  // vector operations worth a thread's wake-up (about 10 us)
 
-// The distinct columns of a row in drawing order, relative to the view; -1 outside of it.
-void draw_columns(const Sparse& call, int64_t row, int64_t* columns, std::vector<int64_t>& sorted) {
-  sorted.clear();
-  Words words{};
-  for (int64_t s = 0; s < call.fan_in; ++s) {
-    if (s % 4 == 0) words = philox4x32(uint32_t(s / 4), uint32_t(row), 0, kSparseTag, call.key);
-    const int64_t j = call.population - call.fan_in + s;
-    int64_t t = sparse_draw(words.w[s % 4], uint32_t(j));
-    if (call.fan_in <= kScanned) {
-      if (std::find(columns, columns + s, t) != columns + s) t = j;
-      columns[s] = t;
-    } else {
-      auto at = std::lower_bound(sorted.begin(), sorted.end(), t);
-      if (at != sorted.end() && *at == t) at = std::lower_bound(sorted.begin(), sorted.end(), t = j);
-      sorted.insert(at, t);
-      columns[s] = t;
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct Launch {
+  const Sparse& call;
+  const Runtime& runtime;
+  const Kernels& k = kernels();
+
+  int64_t groups() const { return (call.rows + kSparseRows - 1) / kSparseRows; }
+  int64_t group_columns() const { return kSparseRows * call.fan_in; }
+  void* allocate(int64_t bytes) const { return runtime.allocate(runtime.self, bytes); }
+
+  // The columns of group g, as SparseKernels lays them out.
+  void draw(int64_t g, uint32_t* columns) const {
+    const SparseRows rows{call.key,
+                          uint32_t(call.row_offset + g * kSparseRows),
+                          uint32_t(call.population),
+                          uint32_t(call.fan_in),
+                          uint32_t(call.col_offset),
+                          uint32_t(call.cols)};
+    if (call.fan_in <= kCompared) return k.sparse.draw(rows, columns);
+    for (int64_t r = 0; r < kSparseRows; ++r) {
+      std::unordered_set<uint32_t> chosen;
+      Words words{};
+      for (uint32_t s = 0; s < rows.fan_in; ++s) {
+        if (s % 4 == 0)
+          words = philox4x32(s / 4, rows.first_row + uint32_t(r), 0, kSparseTag, call.key);
+        const uint32_t j = rows.population - rows.fan_in + s;
+        uint32_t t = sparse_draw(words.w[s % 4], j);
+        if (!chosen.insert(t).second) chosen.insert(t = j);
+        const int64_t at = (r / k.lanes * call.fan_in + s) * k.lanes + r % k.lanes;
+        columns[at] = std::min(t - rows.col_offset, rows.cols);
+      }
     }
   }
-  for (int64_t s = 0; s < call.fan_in; ++s) {
-    columns[s] -= call.col_offset;
-    if (columns[s] < 0 || columns[s] >= call.cols) columns[s] = -1;
-  }
-}
 
-// `Lanes` rows of the batch: x and y are [inputs or outputs][Lanes].
-template <int Lanes>
-void gather(const Sparse& call, const int64_t* columns, int64_t count, const float* x, float* y) {
-  for (int64_t r = 0; r < count; ++r, columns += call.fan_in, y += Lanes) {
-    float sum[Lanes] = {};
-    for (int64_t s = 0; s < call.fan_in; ++s) {
-      if (columns[s] < 0) continue;
-      const float* value = x + columns[s] * Lanes;
-      for (int lane = 0; lane < Lanes; ++lane) sum[lane] += value[lane];
-    }
-    std::copy_n(sum, Lanes, y);
+  // Draws groups [first, first + count) in parallel.
+  void draw_all(int64_t first, int64_t count, uint32_t* columns) const {
+    const int64_t cost = kSparseRows / k.lanes * call.fan_in * (20 + call.fan_in);
+    parallel_for(runtime, count, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g) draw(first + g, columns + g * group_columns());
+    });
   }
-}
 
-template <int Lanes>
-void scatter(const Sparse& call, const int64_t* columns, int64_t count, const float* x, float* y) {
-  for (int64_t r = 0; r < count; ++r, columns += call.fan_in, x += Lanes) {
-    for (int64_t s = 0; s < call.fan_in; ++s) {
-      if (columns[s] < 0) continue;
-      float* sum = y + columns[s] * Lanes;
-      for (int lane = 0; lane < Lanes; ++lane) sum[lane] += x[lane];
+  // Rows [m, m + lanes) of the input, transposed: to[input][kBatch], lanes beyond are zero.
+  void transpose_in(int64_t m, int64_t lanes, float* to) const {
+    float row[kRun];
+    const int64_t inputs = call.inputs();
+    if (lanes < kBatch) std::fill_n(to, inputs * kBatch, 0.0f);
+    for (int64_t i = 0; i < inputs; i += kRun) {
+      const int64_t count = std::min(kRun, inputs - i);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        read_row(call.x, m + lane, i, count, row);
+        for (int64_t j = 0; j < count; ++j) to[(i + j) * kBatch + lane] = row[j];
+      }
     }
   }
-}
 
-template <int Lanes>
-void product(const Sparse& call, const Runtime& runtime) {
-  const int64_t inputs = call.inputs(), outputs = call.outputs();
-  const int64_t block_bytes = Lanes * 4 * (inputs + outputs);
-  const int64_t at_once = std::min((call.batch + Lanes - 1) / Lanes,
-                                   std::max(runtime.threads, kTransposedBytes / block_bytes));
-  const auto allocate = [&](int64_t bytes) { return runtime.allocate(runtime.self, bytes); };
-  auto* x = static_cast<float*>(allocate(at_once * Lanes * 4 * inputs));
-  auto* y = static_cast<float*>(allocate(at_once * Lanes * 4 * outputs));
-  const int64_t chunk = std::min(kChunk, call.rows);
-  auto* columns = static_cast<int64_t*>(allocate(chunk * call.fan_in * 8));
+  void write_scaled(int64_t m, int64_t n, int64_t count, float* sums) const {
+    for (int64_t i = 0; i < count; ++i) sums[i] *= call.factor;
+    write_row(call.y, m, n, count, sums);
+  }
 
-  for (int64_t m0 = 0; m0 < call.batch; m0 += at_once * Lanes) {
-    const int64_t rows = std::min(at_once * Lanes, call.batch - m0);
-    const int64_t blocks = (rows + Lanes - 1) / Lanes;
-    const int64_t grain = (1 << 16) / (Lanes * std::max(inputs, outputs)) + 1;
-    parallel_for(runtime, blocks, grain, [&](int64_t begin, int64_t end) {
-      float row[kRun];
+  void forward(int64_t groups_at_once, uint32_t* columns) const;
+  void transposed(int64_t groups_at_once, uint32_t* columns) const;
+  void forward_rows(int64_t groups_at_once, uint32_t* columns) const;
+};
+
+void Launch::forward(int64_t groups_at_once, uint32_t* columns) const {
+  const int64_t blocks = (call.batch + kBatch - 1) / kBatch;
+  const int64_t block_floats = (call.cols + 1) * kBatch;
+  const int64_t at_once = std::clamp<int64_t>(kBlockBytes / 4 / block_floats, 1, blocks);
+  auto* x = static_cast<float*>(allocate(at_once * block_floats * 4));
+  for (int64_t b0 = 0; b0 < blocks; b0 += at_once) {
+    const int64_t count = std::min(at_once, blocks - b0);
+    parallel_for(runtime, count, kTaskCost / block_floats + 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        float* to = x + b * Lanes * inputs;
-        const int64_t lanes = std::min<int64_t>(Lanes, rows - b * Lanes);
-        if (lanes < Lanes) std::fill_n(to, Lanes * inputs, 0.0f);
-        for (int64_t i = 0; i < inputs; i += kRun) {
-          const int64_t count = std::min(kRun, inputs - i);
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            read_row(call.x, m0 + b * Lanes + lane, i, count, row);
-            for (int64_t j = 0; j < count; ++j) to[(i + j) * Lanes + lane] = row[j];
-          }
-        }
-        if (call.transposed) std::fill_n(y + b * Lanes * outputs, Lanes * outputs, 0.0f);
+        const int64_t m = (b0 + b) * kBatch;
+        float* to = x + b * block_floats;
+        transpose_in(m, std::min<int64_t>(kBatch, call.batch - m), to);
+        std::fill_n(to + call.cols * kBatch, kBatch, 0.0f);
       }
     });
-    for (int64_t r0 = 0; r0 < call.rows; r0 += chunk) {
-      const int64_t count = std::min(chunk, call.rows - r0);
-      parallel_for(runtime, count, 256, [&](int64_t begin, int64_t end) {
-        std::vector<int64_t> sorted;
-        for (int64_t r = begin; r < end; ++r)
-          draw_columns(call, call.row_offset + r0 + r, columns + r * call.fan_in, sorted);
-      });
-      const int64_t adds = Lanes * count * call.fan_in;
-      parallel_for(runtime, blocks, (1 << 17) / adds + 1, [&](int64_t begin, int64_t end) {
-        for (int64_t b = begin; b < end; ++b) {
-          const float* from = x + b * Lanes * inputs;
-          float* to = y + b * Lanes * outputs;
-          if (call.transposed) scatter<Lanes>(call, columns, count, from + r0 * Lanes, to);
-          else gather<Lanes>(call, columns, count, from, to + r0 * Lanes);
+    for (int64_t g0 = 0; g0 < groups(); g0 += groups_at_once) {
+      const int64_t now = std::min(groups_at_once, groups() - g0);
+      draw_all(g0, now, columns);
+      const int64_t cost = kSparseRows * (call.fan_in + 12);
+      parallel_for(runtime, count * now, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+        alignas(64) float tile[kBatch * kSparseRows];
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t b = task / now, g = task % now;
+          k.sparse.gather(columns + g * group_columns(), call.fan_in, x + b * block_floats, tile);
+          const int64_t m = (b0 + b) * kBatch, n = (g0 + g) * kSparseRows;
+          const int64_t outputs = std::min<int64_t>(kSparseRows, call.rows - n);
+          for (int64_t lane = 0; lane < std::min<int64_t>(kBatch, call.batch - m); ++lane)
+            write_scaled(m + lane, n, outputs, tile + lane * kSparseRows);
         }
       });
     }
-    parallel_for(runtime, blocks, grain, [&](int64_t begin, int64_t end) {
+  }
+}
+
+void Launch::forward_rows(int64_t groups_at_once, uint32_t* columns) const {
+  auto* x = static_cast<float*>(allocate((call.cols + 1) * 4 * call.batch));
+  for (int64_t m = 0; m < call.batch; ++m) {
+    float* row = x + m * (call.cols + 1);
+    read_row(call.x, m, 0, call.cols, row);
+    row[call.cols] = 0;
+  }
+  for (int64_t g0 = 0; g0 < groups(); g0 += groups_at_once) {
+    const int64_t now = std::min(groups_at_once, groups() - g0);
+    draw_all(g0, now, columns);
+    const int64_t cost = kSparseRows * call.fan_in * call.batch;
+    parallel_for(runtime, now, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+      alignas(64) float sums[kSparseRows];
+      for (int64_t g = begin; g < end; ++g) {
+        const int64_t n = (g0 + g) * kSparseRows;
+        for (int64_t m = 0; m < call.batch; ++m) {
+          k.sparse.gather_one(columns + g * group_columns(), call.fan_in,
+                              x + m * (call.cols + 1), sums);
+          write_scaled(m, n, std::min<int64_t>(kSparseRows, call.rows - n), sums);
+        }
+      }
+    });
+  }
+}
+
+void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
+  const int64_t blocks = (call.batch + kBatch - 1) / kBatch;
+  const int64_t in_floats = call.rows * kBatch, out_floats = (call.cols + 1) * kBatch;
+  const int64_t at_once =
+      std::clamp<int64_t>(kBlockBytes / 4 / (in_floats + out_floats), 1, blocks);
+  auto* x = static_cast<float*>(allocate(at_once * in_floats * 4));
+  auto* y = static_cast<float*>(allocate(at_once * out_floats * 4));
+  for (int64_t b0 = 0; b0 < blocks; b0 += at_once) {
+    const int64_t count = std::min(at_once, blocks - b0);
+    parallel_for(runtime, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t m = (b0 + b) * kBatch;
+        transpose_in(m, std::min<int64_t>(kBatch, call.batch - m), x + b * in_floats);
+        std::fill_n(y + b * out_floats, out_floats, 0.0f);
+      }
+    });
+    for (int64_t g0 = 0; g0 < groups(); g0 += groups_at_once) {
+      const int64_t now = std::min(groups_at_once, groups() - g0);
+      draw_all(g0, now, columns);
+      const int64_t cost = now * group_columns() * 2;
+      parallel_for(runtime, count, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; ++b) {
+          for (int64_t g = 0; g < now; ++g) {
+            const int64_t r = (g0 + g) * kSparseRows;
+            k.sparse.scatter(columns + g * group_columns(), call.fan_in,
+                             std::min<int64_t>(kSparseRows, call.rows - r),
+                             x + b * in_floats + r * kBatch, y + b * out_floats);
+          }
+        }
+      });
+    }
+    parallel_for(runtime, count, kTaskCost / out_floats + 1, [&](int64_t begin, int64_t end) {
       float row[kRun];
       for (int64_t b = begin; b < end; ++b) {
-        const float* from = y + b * Lanes * outputs;
-        const int64_t lanes = std::min<int64_t>(Lanes, rows - b * Lanes);
-        for (int64_t n = 0; n < outputs; n += kRun) {
-          const int64_t count = std::min(kRun, outputs - n);
-          for (int64_t lane = 0; lane < lanes; ++lane) {
-            for (int64_t j = 0; j < count; ++j) row[j] = from[(n + j) * Lanes + lane] * call.factor;
-            write_row(call.y, m0 + b * Lanes + lane, n, count, row);
+        const float* from = y + b * out_floats;
+        const int64_t m = (b0 + b) * kBatch;
+        for (int64_t n = 0; n < call.cols; n += kRun) {
+          const int64_t outputs = std::min(kRun, call.cols - n);
+          for (int64_t lane = 0; lane < std::min<int64_t>(kBatch, call.batch - m); ++lane) {
+            for (int64_t j = 0; j < outputs; ++j) row[j] = from[(n + j) * kBatch + lane];
+            write_scaled(m + lane, n, outputs, row);
           }
         }
       }
@@ -139,9 +199,14 @@ void product(const Sparse& call, const Runtime& runtime) {
 
 void sparse_product(const Sparse& call, const Runtime& runtime) {
   if (call.batch == 0) return;
-  // Up to 4 rows a scalar loop is faster than 16 lanes that are mostly padding.
-  if (call.batch <= 4) product<1>(call, runtime);
-  else product<kLanes>(call, runtime);
+  const Launch launch{call, runtime};
+  const int64_t groups_at_once = std::clamp<int64_t>(
+      kColumnBytes / 4 / launch.group_columns(), 1, launch.groups());
+  auto* columns = static_cast<uint32_t*>(launch.allocate(
+      round_up(groups_at_once * launch.group_columns() * 4, 64)));
+  if (call.transposed) launch.transposed(groups_at_once, columns);
+  else if (call.batch <= kFewRows && call.cols < INT32_MAX) launch.forward_rows(groups_at_once, columns);
+  else launch.forward(groups_at_once, columns);
 }
 
 }  // namespace nmkern::cpu

@@ -1,0 +1,100 @@
+// The sparse kernels, written once over a SIMD policy: drawing columns, gathering and scattering.
+//
+// Drawing, lanes are rows of the matrix: word s mod 4 of the hash is draw s of every lane, and Floyd's
+// check for repeats compares vectors. Multiplying, lanes are rows of the batch, kBatch of them.
+#pragma once
+
+#include "hash.h"
+#include "tile.h"
+
+namespace nmkern::cpu {
+namespace {
+
+// kBatch floats as vectors of the policy.
+template <class S>
+struct Batch {
+  static constexpr int kParts = kBatch / S::lanes;
+  typename S::F part[kParts];
+
+  static NMKERN_INLINE Batch load(const float* from) {
+    Batch b;
+    unroll<kParts>([&](auto i) NMKERN_FLAT { b.part[i] = S::load(from + i * S::lanes); });
+    return b;
+  }
+  NMKERN_INLINE void store(float* to) const {
+    unroll<kParts>([&](auto i) NMKERN_FLAT { S::store(to + i * S::lanes, part[i]); });
+  }
+  NMKERN_INLINE void operator+=(const Batch& other) {
+    unroll<kParts>([&](auto i) NMKERN_FLAT { part[i] = S::add(part[i], other.part[i]); });
+  }
+};
+
+template <class S>
+void draw(const SparseRows& rows, uint32_t* columns) {
+  for (int64_t first = 0; first < kSparseRows; first += S::lanes) {
+    const typename S::RowHasher hash(rows.key, kSparseTag, rows.first_row + uint32_t(first));
+    const typename S::U offset = S::set_words(rows.col_offset), limit = S::set_words(rows.cols);
+    typename S::U word[4];
+    for (uint32_t s = 0; s < rows.fan_in; ++s) {
+      if (s % 4 == 0) hash(s / 4, word);
+      const uint32_t j = rows.population - rows.fan_in + s;
+      typename S::U t = S::multiply_high(word[s % 4], j + 1);
+      // Earlier draws are kept unshifted in the output until the row is complete.
+      typename S::U taken = S::set_words(0);
+      for (uint32_t p = 0; p < s; ++p)
+        taken = S::or_equal(taken, S::load_words(columns + p * S::lanes), t);
+      S::store_words(columns + s * S::lanes, S::choose(taken, S::set_words(j), t));
+    }
+    for (uint32_t s = 0; s < rows.fan_in; ++s, columns += S::lanes)
+      S::store_words(columns, S::min_words(S::subtract(S::load_words(columns), offset), limit));
+  }
+}
+
+// tile[lane of the batch][row] = sum over the row's columns k: x[k][lane]
+template <class S>
+void gather(const uint32_t* columns, int64_t fan_in, const float* x, float* tile) {
+  alignas(64) float rows[S::lanes][kBatch];
+  for (int64_t first = 0; first < kSparseRows; first += S::lanes, columns += fan_in * S::lanes) {
+    for (int lane = 0; lane < S::lanes; ++lane) {
+      auto sum = Batch<S>::load(x + int64_t{columns[lane]} * kBatch);
+      for (int64_t s = 1; s < fan_in; ++s)
+        sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
+      sum.store(rows[lane]);
+    }
+    S::transpose(rows[0], tile + first);
+  }
+}
+
+// y[k][lane] += tile[lane of the batch][row] for every row and each of its columns k, rows in order
+template <class S>
+void scatter(const uint32_t* columns, int64_t fan_in, int64_t rows, const float* x, float* y) {
+  for (int64_t r = 0; r < rows; ++r, x += kBatch) {
+    const auto value = Batch<S>::load(x);
+    const uint32_t* column = columns + r / S::lanes * fan_in * S::lanes + r % S::lanes;
+    for (int64_t s = 0; s < fan_in; ++s, column += S::lanes) {
+      float* at = y + int64_t{*column} * kBatch;
+      auto sum = Batch<S>::load(at);
+      sum += value;
+      sum.store(at);
+    }
+  }
+}
+
+// sums[row] = sum over the row's columns k: x[k]
+template <class S>
+void gather_one(const uint32_t* columns, int64_t fan_in, const float* x, float* sums) {
+  for (int64_t first = 0; first < kSparseRows; first += S::lanes) {
+    typename S::F sum = S::zero();
+    for (int64_t s = 0; s < fan_in; ++s, columns += S::lanes)
+      sum = S::add(sum, S::gather(x, S::load_words(columns)));
+    S::store(sums + first, sum);
+  }
+}
+
+template <class S>
+constexpr SparseKernels sparse_kernels() {
+  return {draw<S>, gather<S>, gather_one<S>, scatter<S>};
+}
+
+}  // namespace
+}  // namespace nmkern::cpu
