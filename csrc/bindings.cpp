@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cpu/dense.h"
+#include "cpu/flynet.h"
 #include "cpu/kernels.h"
 #include "cpu/sparse.h"
 
@@ -26,6 +27,7 @@ using torch::stable::Tensor;
 using nmkern::cpu::Bank;
 using nmkern::cpu::Dense;
 using nmkern::cpu::Dtype;
+using nmkern::cpu::FlyNet;
 using nmkern::cpu::Matrix;
 using nmkern::cpu::Runtime;
 using nmkern::cpu::Sparse;
@@ -106,11 +108,13 @@ struct Banks {
   }
 };
 
+nmkern::Key key_of(int64_t seed) { return {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)}; }
+
 Dense dense_of(const Tensor& x, int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset,
                int64_t rows, int64_t cols, bool transposed, double factor) {
   Dense d{};
   d.family = nmkern::Family(uint32_t(family));
-  d.key = {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
+  d.key = key_of(seed);
   d.row_offset = row_offset;
   d.col_offset = col_offset;
   d.rows = rows;
@@ -177,7 +181,7 @@ Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t 
                      int64_t rows, int64_t cols, int64_t population, int64_t fan_in, bool transposed,
                      double factor) {
   Sparse s{};
-  s.key = {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
+  s.key = key_of(seed);
   s.row_offset = row_offset;
   s.col_offset = col_offset;
   s.rows = rows;
@@ -195,12 +199,79 @@ Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t 
   return y;
 }
 
+FlyNet flynet_of(const Tensor& x, int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col,
+                 int64_t hidden, int64_t inputs, int64_t population, int64_t fan_in,
+                 double encoder_factor, int64_t family, int64_t decoder_seed, int64_t decoder_row,
+                 int64_t decoder_col, int64_t classes, double decoder_factor) {
+  FlyNet net{};
+  net.inputs = inputs;
+  net.hidden = hidden;
+  net.classes = classes;
+  net.encoder_key = key_of(encoder_seed);
+  net.encoder_row = encoder_row;
+  net.encoder_col = encoder_col;
+  net.population = population;
+  net.fan_in = fan_in;
+  net.encoder_factor = float(encoder_factor);
+  net.family = nmkern::Family(uint32_t(family));
+  net.decoder_key = key_of(decoder_seed);
+  net.decoder_row = decoder_row;
+  net.decoder_col = decoder_col;
+  net.decoder_factor = float(decoder_factor);
+  net.batch = x.size(0);
+  net.x = matrix_of(x, "x", net.batch, inputs);
+  return net;
+}
+
+Tensor flynet_logits(const Tensor& x, const Tensor& gain, std::optional<Tensor> context,
+                     int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col, int64_t hidden,
+                     int64_t inputs, int64_t population, int64_t fan_in, double encoder_factor,
+                     int64_t family, int64_t decoder_seed, int64_t decoder_row, int64_t decoder_col,
+                     int64_t classes, double decoder_factor) {
+  FlyNet net = flynet_of(x, encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
+                         encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
+                         decoder_factor);
+  Banks banks;
+  banks.kept.reserve(2);
+  net.gain = banks.bank(gain, "gain", hidden, net.batch, context.has_value());
+  net.context = banks.context(context, net.batch, common_rows({net.gain.rows}));
+  Tensor logits = torch::stable::new_empty(x, {net.batch, classes});
+  net.logits = matrix_of(logits, "logits", net.batch, classes);
+  Pool pool(x);
+  nmkern::cpu::flynet_logits(net, pool.runtime());
+  return logits;
+}
+
+Tensor flynet_gain_grad(const Tensor& x, const Tensor& d_logits, std::optional<Tensor> context,
+                        int64_t contexts, int64_t encoder_seed, int64_t encoder_row,
+                        int64_t encoder_col, int64_t hidden, int64_t inputs, int64_t population,
+                        int64_t fan_in, double encoder_factor, int64_t family, int64_t decoder_seed,
+                        int64_t decoder_row, int64_t decoder_col, int64_t classes,
+                        double decoder_factor) {
+  FlyNet net = flynet_of(x, encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
+                         encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
+                         decoder_factor);
+  STD_TORCH_CHECK(contexts == 1 || context || contexts == net.batch, "contexts: expected 1 or ",
+                  net.batch, " without a context, got ", contexts);
+  Banks banks;
+  banks.kept.reserve(1);
+  net.context = banks.context(context, net.batch, common_rows({contexts}));
+  net.logits = matrix_of(d_logits, "d_logits", net.batch, classes);
+  Tensor grad = torch::stable::new_zeros(x, {contexts, hidden}, ScalarType::Float);
+  net.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};
+  Pool pool(x);
+  nmkern::cpu::flynet_gain_grad(net, pool.runtime());
+  return grad;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nmkern, CPU, m) {
   m.impl("cpu_modulated_matmul", TORCH_BOX(&modulated_matmul));
   m.impl("cpu_modulated_matmul_gain_grad", TORCH_BOX(&modulated_matmul_gain_grad));
   m.impl("cpu_sparse_matmul", TORCH_BOX(&sparse_matmul));
+  m.impl("cpu_flynet_logits", TORCH_BOX(&flynet_logits));
+  m.impl("cpu_flynet_gain_grad", TORCH_BOX(&flynet_gain_grad));
 }
 
 #define NMKERN_EXPORT extern "C" __attribute__((visibility("default")))

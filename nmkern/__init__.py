@@ -3,6 +3,7 @@
 from nmkern import models, nn
 from nmkern.backends.selection import explain, use_backend
 from nmkern.matrix import RandomMatrix
+from nmkern.ops.flynet import flynet
 from nmkern.ops.modulated_linear import modulated_linear
 from nmkern.ops.sparse_projection import sparse_project
 
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RandomMatrix",
     "explain",
+    "flynet",
     "models",
     "modulated_linear",
     "nn",

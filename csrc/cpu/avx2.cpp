@@ -5,7 +5,7 @@
 #include "codec.h"
 #include "hash.h"
 #include "tables.h"
-#include "sparse_tile.h"
+#include "flynet_tile.h"
 #include "tile.h"
 
 namespace nmkern::cpu {
@@ -52,6 +52,9 @@ struct Avx2 {
     return _mm256_blend_epi32(high(multiply(a, b)), multiply(high(a), b), 0xAA);
   }
   static NMKERN_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static NMKERN_INLINE F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
+  static NMKERN_INLINE F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
+  static NMKERN_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm256_i32gather_ps(x, index, 4); }
 
   // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch
@@ -92,7 +95,7 @@ struct Avx2 {
 };
 
 void run(const Tile& t) { run_family<Avx2, FloatCodec<Avx2>::Of>(t); }
-constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, false, tile_bytes<Avx2>(), run, sparse_kernels<Avx2>()};
+constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, false, tile_bytes<Avx2>(), run, decode_family<Avx2, FloatCodec<Avx2>::Of>, sparse_kernels<Avx2>(), fly_kernels<Avx2>()};
 }  // namespace
 const Kernels* avx2_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

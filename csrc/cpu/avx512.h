@@ -5,7 +5,7 @@
 
 #include "codec.h"
 #include "hash.h"
-#include "sparse_tile.h"
+#include "flynet_tile.h"
 #include "tables.h"
 #include "tile.h"
 
@@ -50,6 +50,9 @@ struct Avx512 {
     return _mm512_mask_mov_epi32(high(multiply(a, b)), 0xAAAA, multiply(high(a), b));
   }
   static NMKERN_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static NMKERN_INLINE F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
+  static NMKERN_INLINE F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
+  static NMKERN_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm512_i32gather_ps(index, x, 4); }
 
   // to[j * kSparseRows + i] = from[i * kBatch + j] for 16 x 16

@@ -9,13 +9,12 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "matrix.h"
+#include "launch.h"
 
 namespace nmkern::cpu {
 namespace {
 
 constexpr int64_t kPackedBytes = 16 << 20;  // bounds the packed x, and so the scratch, of any call
-constexpr int64_t kTaskCost = 1 << 16;      // vector operations worth a thread's wake-up (about 10 us)
 constexpr int64_t kFewTiles = 8;
 
 struct Launch {
@@ -200,7 +199,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
     const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
       const int64_t cost = launch.elements() * launch.block / 2;
-      parallel_for(runtime, parts * part_blocks, kTaskCost / cost + 1,
+      parallel_for(runtime, parts * part_blocks, grain(cost),
                    [&](int64_t begin, int64_t end) {
                      for (int64_t task = begin; task < end; ++task) {
                        const int64_t p = task / part_blocks * part;
@@ -214,7 +213,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
     }
     const int64_t cost =
         launch.elements() * launch.vectors * (6 + std::min(part, rows));
-    parallel_for(runtime, launch.tiles * parts, kTaskCost / cost + 1,
+    parallel_for(runtime, launch.tiles * parts, grain(cost),
                  [&](int64_t begin, int64_t end) {
                    char* mine = scratch + scratch_bytes * runtime.thread_index();
                    for (int64_t task = begin; task < end; ++task) {

@@ -63,6 +63,15 @@ struct SparseKernels {
   void (*scatter)(const uint32_t* columns, int64_t fan_in, int64_t rows, const float* x, float* y);
 };
 
+// See flynet_tile.h; hidden is [kSparseRows][kBatch], weights [kSparseRows][classes].
+struct FlyKernels {
+  void (*hidden)(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean,
+                 float factor, float* hidden);
+  void (*readout)(const float* hidden, const float* gain, const float* weights, int64_t units,
+                  int64_t classes, float* sums);
+  void (*pullback)(const float* d_logits, const float* weights, int64_t classes, float* hidden);
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -70,7 +79,10 @@ struct Kernels {
   bool bf16;      // has bfloat16 dot products
   int64_t scratch_bytes;
   void (*run)(const Tile& tile);
+  // The weights of a forward tile as floats: [reduction_words * P][kVectors][lanes].
+  void (*decode)(const Tile& tile, float* weights);
   SparseKernels sparse;
+  FlyKernels fly;
 };
 
 // The chosen instruction set, and all that this build and this CPU have, best first.

@@ -2,7 +2,7 @@
 #include "codec.h"
 #include "hash.h"
 #include "tables.h"
-#include "sparse_tile.h"
+#include "flynet_tile.h"
 #include "tile.h"
 
 namespace nmkern::cpu {
@@ -48,6 +48,9 @@ struct Portable {
     return v;
   }
   static NMKERN_INLINE F add(F a, F b) { return a + b; }
+  static NMKERN_INLINE F subtract(F a, F b) { return a - b; }
+  static NMKERN_INLINE F multiply(F a, F b) { return a * b; }
+  static NMKERN_INLINE F max(F a, F b) { return a < b ? b : a; }
   static NMKERN_INLINE F gather(const float* x, U i) { return F{x[i[0]], x[i[1]], x[i[2]], x[i[3]]}; }
 
   // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch
@@ -88,7 +91,7 @@ struct Portable {
 
 void run(const Tile& t) { run_family<Portable, FloatCodec<Portable>::Of>(t); }
 constexpr Kernels kKernels{"portable", Portable::lanes, Portable::max_block, false,
-                           tile_bytes<Portable>(), run, sparse_kernels<Portable>()};
+                           tile_bytes<Portable>(), run, decode_family<Portable, FloatCodec<Portable>::Of>, sparse_kernels<Portable>(), fly_kernels<Portable>()};
 }  // namespace
 const Kernels* portable_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

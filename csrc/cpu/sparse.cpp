@@ -9,7 +9,7 @@
 #include <unordered_set>
 
 #include "kernels.h"
-#include "matrix.h"
+#include "launch.h"
 
 namespace nmkern::cpu {
 namespace {
@@ -19,7 +19,6 @@ constexpr int64_t kBlockBytes = 16 << 20;  // bounds the transposed x and sums
 constexpr int64_t kRun = 64;               // inputs or outputs that are transposed at a time
 constexpr int64_t kFewRows = 4;            // of the batch: row by row beats 16 lanes of mostly padding
 constexpr int64_t kCompared = 1024;  // draws that are checked for repeats by comparing; beyond, by a set
-constexpr int64_t kTaskCost = 1 << 16;  // vector operations worth a thread's wake-up (about 10 us)
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -56,28 +55,6 @@ struct Launch {
     }
   }
 
-  // Draws groups [first, first + count) in parallel.
-  void draw_all(int64_t first, int64_t count, uint32_t* columns) const {
-    const int64_t cost = kSparseRows / k.lanes * call.fan_in * (20 + call.fan_in);
-    parallel_for(runtime, count, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) draw(first + g, columns + g * group_columns());
-    });
-  }
-
-  // Rows [m, m + lanes) of the input, transposed: to[input][kBatch], lanes beyond are zero.
-  void transpose_in(int64_t m, int64_t lanes, float* to) const {
-    float row[kRun];
-    const int64_t inputs = call.inputs();
-    if (lanes < kBatch) std::fill_n(to, inputs * kBatch, 0.0f);
-    for (int64_t i = 0; i < inputs; i += kRun) {
-      const int64_t count = std::min(kRun, inputs - i);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        read_row(call.x, m + lane, i, count, row);
-        for (int64_t j = 0; j < count; ++j) to[(i + j) * kBatch + lane] = row[j];
-      }
-    }
-  }
-
   void write_scaled(int64_t m, int64_t n, int64_t count, float* sums) const {
     for (int64_t i = 0; i < count; ++i) sums[i] *= call.factor;
     write_row(call.y, m, n, count, sums);
@@ -95,19 +72,18 @@ void Launch::forward(int64_t groups_at_once, uint32_t* columns) const {
   auto* x = static_cast<float*>(allocate(at_once * block_floats * 4));
   for (int64_t b0 = 0; b0 < blocks; b0 += at_once) {
     const int64_t count = std::min(at_once, blocks - b0);
-    parallel_for(runtime, count, kTaskCost / block_floats + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(block_floats), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t m = (b0 + b) * kBatch;
-        float* to = x + b * block_floats;
-        transpose_in(m, std::min<int64_t>(kBatch, call.batch - m), to);
-        std::fill_n(to + call.cols * kBatch, kBatch, 0.0f);
+        transpose_rows(call.x, m, std::min<int64_t>(kBatch, call.batch - m), call.cols,
+                       x + b * block_floats);
       }
     });
     for (int64_t g0 = 0; g0 < groups(); g0 += groups_at_once) {
       const int64_t now = std::min(groups_at_once, groups() - g0);
-      draw_all(g0, now, columns);
+      draw_columns(call, runtime, g0, now, columns);
       const int64_t cost = kSparseRows * (call.fan_in + 12);
-      parallel_for(runtime, count * now, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+      parallel_for(runtime, count * now, grain(cost), [&](int64_t begin, int64_t end) {
         alignas(64) float tile[kBatch * kSparseRows];
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / now, g = task % now;
@@ -131,9 +107,9 @@ void Launch::forward_rows(int64_t groups_at_once, uint32_t* columns) const {
   }
   for (int64_t g0 = 0; g0 < groups(); g0 += groups_at_once) {
     const int64_t now = std::min(groups_at_once, groups() - g0);
-    draw_all(g0, now, columns);
+    draw_columns(call, runtime, g0, now, columns);
     const int64_t cost = kSparseRows * call.fan_in * call.batch;
-    parallel_for(runtime, now, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, now, grain(cost), [&](int64_t begin, int64_t end) {
       alignas(64) float sums[kSparseRows];
       for (int64_t g = begin; g < end; ++g) {
         const int64_t n = (g0 + g) * kSparseRows;
@@ -149,25 +125,26 @@ void Launch::forward_rows(int64_t groups_at_once, uint32_t* columns) const {
 
 void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
   const int64_t blocks = (call.batch + kBatch - 1) / kBatch;
-  const int64_t in_floats = call.rows * kBatch, out_floats = (call.cols + 1) * kBatch;
+  const int64_t in_floats = (call.rows + 1) * kBatch, out_floats = (call.cols + 1) * kBatch;
   const int64_t at_once =
       std::clamp<int64_t>(kBlockBytes / 4 / (in_floats + out_floats), 1, blocks);
   auto* x = static_cast<float*>(allocate(at_once * in_floats * 4));
   auto* y = static_cast<float*>(allocate(at_once * out_floats * 4));
   for (int64_t b0 = 0; b0 < blocks; b0 += at_once) {
     const int64_t count = std::min(at_once, blocks - b0);
-    parallel_for(runtime, count, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(in_floats), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t m = (b0 + b) * kBatch;
-        transpose_in(m, std::min<int64_t>(kBatch, call.batch - m), x + b * in_floats);
+        transpose_rows(call.x, m, std::min<int64_t>(kBatch, call.batch - m), call.rows,
+                       x + b * in_floats);
         std::fill_n(y + b * out_floats, out_floats, 0.0f);
       }
     });
     for (int64_t g0 = 0; g0 < groups(); g0 += groups_at_once) {
       const int64_t now = std::min(groups_at_once, groups() - g0);
-      draw_all(g0, now, columns);
+      draw_columns(call, runtime, g0, now, columns);
       const int64_t cost = now * group_columns() * 2;
-      parallel_for(runtime, count, kTaskCost / cost + 1, [&](int64_t begin, int64_t end) {
+      parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
           for (int64_t g = 0; g < now; ++g) {
             const int64_t r = (g0 + g) * kSparseRows;
@@ -178,7 +155,7 @@ void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
         }
       });
     }
-    parallel_for(runtime, count, kTaskCost / out_floats + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(out_floats), [&](int64_t begin, int64_t end) {
       float row[kRun];
       for (int64_t b = begin; b < end; ++b) {
         const float* from = y + b * out_floats;
@@ -196,6 +173,29 @@ void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
 }
 
 }  // namespace
+
+void draw_columns(const Sparse& call, const Runtime& runtime, int64_t first, int64_t count,
+                  uint32_t* columns) {
+  const Launch launch{call, runtime};
+  const int64_t cost = kSparseRows / launch.k.lanes * call.fan_in * (20 + call.fan_in);
+  parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g)
+      launch.draw(first + g, columns + g * launch.group_columns());
+  });
+}
+
+void transpose_rows(const Matrix& a, int64_t m, int64_t rows, int64_t cols, float* to) {
+  float row[kRun];
+  if (rows < kBatch) std::fill_n(to, cols * kBatch, 0.0f);
+  for (int64_t i = 0; i < cols; i += kRun) {
+    const int64_t count = std::min(kRun, cols - i);
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      read_row(a, m + lane, i, count, row);
+      for (int64_t j = 0; j < count; ++j) to[(i + j) * kBatch + lane] = row[j];
+    }
+  }
+  std::fill_n(to + cols * kBatch, kBatch, 0.0f);
+}
 
 void sparse_product(const Sparse& call, const Runtime& runtime) {
   if (call.batch == 0) return;

@@ -23,4 +23,11 @@ struct Sparse {
 
 void sparse_product(const Sparse& call, const Runtime& runtime);
 
+// Columns of groups [first, first + count) of kSparseRows rows, as SparseKernels lays them out.
+void draw_columns(const Sparse& call, const Runtime& runtime, int64_t first, int64_t count,
+                  uint32_t* columns);
+
+// Rows [m, m + rows) of a[., cols], transposed: to[cols + 1][kBatch]; what lies outside is zero.
+void transpose_rows(const Matrix& a, int64_t m, int64_t rows, int64_t cols, float* to);
+
 }  // namespace nmkern::cpu

@@ -118,6 +118,23 @@ void forward_fused(const Tile& t) {
   store_sums<S, Rows>(sum, t.sums);
 }
 
+// Words [begin, end) of the reduction as weights: to[step][kVectors].
+template <class S, class C>
+void decode_words(const Tile& t, int64_t begin, int64_t end, typename C::Weight* to) {
+  const typename S::RowHasher hash(t.key, uint32_t(C::family), t.output_word);
+  for (int64_t i = begin; i < end; ++i, to += C::forward_steps * kVectors) {
+    typename S::U word[4];
+    hash(t.reduction_word + uint32_t(i), word);
+    typename C::Prepared prepared[4];
+    unroll<4>([&](auto r) NMKERN_FLAT { prepared[r] = C::prepare(word[r]); });
+    unroll<C::forward_steps>([&](auto f) NMKERN_FLAT {
+      unroll<4>([&](auto r) NMKERN_FLAT {
+        to[f * kVectors + r] = C::template decode<f>(prepared[r]);
+      });
+    });
+  }
+}
+
 template <class S, class C>
 void forward(const Tile& t) {
   if (t.batch <= t.block) {
@@ -125,22 +142,11 @@ void forward(const Tile& t) {
                             [&](auto r) NMKERN_FLAT { forward_fused<S, C, decltype(r)::value>(t); });
     return;
   }
-  const typename S::RowHasher hash(t.key, uint32_t(C::family), t.output_word);
   auto* weights = static_cast<typename C::Weight*>(t.scratch);
   constexpr int64_t kWords = tile_steps(false, C::halves == 2) / C::forward_steps;
   for (int64_t begin = 0; begin < t.reduction_words; begin += kWords) {
     const int64_t end = begin + kWords < t.reduction_words ? begin + kWords : t.reduction_words;
-    auto* to = weights;
-    for (int64_t i = begin; i < end; ++i) {
-      typename S::U word[4];
-      hash(t.reduction_word + uint32_t(i), word);
-      typename C::Prepared prepared[4];
-      unroll<4>([&](auto r) NMKERN_FLAT { prepared[r] = C::prepare(word[r]); });
-      unroll<C::forward_steps>([&](auto f) NMKERN_FLAT {
-        unroll<4>([&](auto r) NMKERN_FLAT { to[f * kVectors + r] = C::template decode<f>(prepared[r]); });
-      });
-      to += C::forward_steps * kVectors;
-    }
+    decode_words<S, C>(t, begin, end, weights);
     multiply_tile<S, C>(t, weights, begin * C::forward_steps, (end - begin) * C::forward_steps,
                         t.sums);
   }
@@ -212,18 +218,29 @@ void transposed(const Tile& t) {
   }
 }
 
+template <template <Family> class C, class Body>
+NMKERN_INLINE void with_codec(Family family, Body&& body) {
+  switch (family) {
+    case Family::rademacher: return body(C<Family::rademacher>{});
+    case Family::uniform: return body(C<Family::uniform>{});
+    case Family::normal: return body(C<Family::normal>{});
+  }
+}
+
 template <class S, template <Family> class C>
 void run_family(const Tile& t) {
-  const auto go = [&](auto family) {
-    using Codec = C<decltype(family)::value>;
-    if (t.transposed) transposed<S, Codec>(t);
-    else forward<S, Codec>(t);
-  };
-  switch (t.family) {
-    case Family::rademacher: return go(std::integral_constant<Family, Family::rademacher>{});
-    case Family::uniform: return go(std::integral_constant<Family, Family::uniform>{});
-    case Family::normal: return go(std::integral_constant<Family, Family::normal>{});
-  }
+  with_codec<C>(t.family, [&](auto codec) {
+    if (t.transposed) transposed<S, decltype(codec)>(t);
+    else forward<S, decltype(codec)>(t);
+  });
+}
+
+template <class S, template <Family> class C>
+void decode_family(const Tile& t, float* weights) {
+  with_codec<C>(t.family, [&](auto codec) {
+    decode_words<S, decltype(codec)>(t, 0, t.reduction_words,
+                                     reinterpret_cast<typename S::F*>(weights));
+  });
 }
 
 template <class S>

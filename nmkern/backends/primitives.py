@@ -5,6 +5,8 @@
                                         gain_grad[c, n] = sum over the rows m of c: other[m, n] * z[m, n]
         with z[m, n] = factor * sum_k (x[m, k] * in_gain[c, k]) * code[n, k]
     sparse_matmul(x, ...)               y[m, n] = factor * sum over the ones k of row n: x[m, k]
+    flynet_logits(x, gain, ...)         the paper's network, see nmkern.ops.flynet: linear in gain
+    flynet_gain_grad(x, d_logits, ...)  its adjoint: the gradient of gain, a bank of ``contexts`` rows
 
 x is ``[M, K]``, other is ``[M, N]``; gains and bias are banks ``[T, features]`` in the dtype that sums
 are held in (float32; float64 for float64). Row m reads row c of a bank: 0 where T = 1, else
@@ -26,6 +28,11 @@ LIBRARY = torch.library.Library("nmkern", "DEF")
 _DENSE = (
     "int family, int seed, int row_offset, int col_offset, int rows, int cols, bool transposed, float factor"
 )
+_FLYNET = (
+    "int encoder_seed, int encoder_row, int encoder_col, int hidden, int inputs, int population, "
+    "int fan_in, float encoder_factor, int family, int decoder_seed, int decoder_row, "
+    "int decoder_col, int classes, float decoder_factor"
+)
 SCHEMAS = {
     "modulated_matmul": (
         f"(Tensor x, Tensor? in_gain, Tensor? out_gain, Tensor? bias, Tensor? context, {_DENSE}) -> Tensor"
@@ -38,6 +45,8 @@ SCHEMAS = {
         "(Tensor x, int seed, int row_offset, int col_offset, int rows, int cols, "
         "int population, int fan_in, bool transposed, float factor) -> Tensor"
     ),
+    "flynet_logits": f"(Tensor x, Tensor gain, Tensor? context, {_FLYNET}) -> Tensor",
+    "flynet_gain_grad": (f"(Tensor x, Tensor d_logits, Tensor? context, int contexts, {_FLYNET}) -> Tensor"),
 }
 
 
@@ -83,6 +92,15 @@ def sparse_args(matrix: RandomMatrix) -> tuple:
         matrix.fan_in,
         matrix.transposed,
         matrix.factor,
+    )
+
+
+def flynet_args(encoder: RandomMatrix, decoder: RandomMatrix) -> tuple:
+    """The matrix arguments of the flynet primitives, for matrices that are not transposed."""
+    e, d = encoder, decoder
+    return (
+        *(_signed(e.seed), e.row_offset, e.col_offset, e.rows, e.cols, e.population, e.fan_in, e.factor),
+        *(DENSE_FAMILIES[d.family].tag, _signed(d.seed), d.row_offset, d.col_offset, d.rows, d.factor),
     )
 
 

@@ -185,6 +185,35 @@ def _index_add_columns(total: Tensor, columns: Tensor, values: Tensor) -> None:
         total.T.index_put_((columns,), values.T, accumulate=True)
 
 
+def _hidden(x: Tensor, encoder: tuple) -> Tensor:
+    """The representation of FlyNet, max(0, m - mean(m)), in the dtype of sums."""
+    matrix = (*encoder[:-1], False, encoder[-1])
+    m = sparse_matmul(x.to(primitives.sum_dtype(x.dtype)), *matrix)
+    return torch.relu(m - m.mean(1, keepdim=True))
+
+
+def _decoder(encoder: tuple, decoder: tuple) -> tuple:
+    """The decoder as the arguments of the dense primitives."""
+    hidden = encoder[3]
+    family, seed, row_offset, col_offset, classes, factor = decoder
+    return family, seed, row_offset, col_offset, classes, hidden, False, factor
+
+
+def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices) -> Tensor:
+    encoder, decoder = matrices[:8], matrices[8:]
+    y = _product(_hidden(x, encoder), gain, context, *_decoder(encoder, decoder))
+    return y.to(x.dtype)
+
+
+def flynet_gain_grad(x: Tensor, d_logits: Tensor, context: Tensor | None, contexts: int, *matrices) -> Tensor:
+    encoder, decoder = matrices[:8], matrices[8:]
+    r = _hidden(x, encoder)
+    *matrix, _, factor = _decoder(encoder, decoder)
+    matrix += [True, factor]  # transposed
+    du = _product(d_logits.to(r.dtype), None, None, *matrix)
+    return primitives.segment_sum(r * du, context, contexts, r.dtype)
+
+
 def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
     """Why a call cannot run here; None where it can."""
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -199,7 +228,13 @@ def kernel() -> str:
 def _register() -> None:
     """Define the operators and give each its kernel, for every device."""
     primitives.define("reference")
-    for primitive in (modulated_matmul, modulated_matmul_gain_grad, sparse_matmul):
+    for primitive in (
+        modulated_matmul,
+        modulated_matmul_gain_grad,
+        sparse_matmul,
+        flynet_logits,
+        flynet_gain_grad,
+    ):
         primitives.LIBRARY.impl(f"reference_{primitive.__name__}", primitive, "CompositeExplicitAutograd")
 
 

@@ -99,8 +99,12 @@ def _no_backend(refused: dict[str, str]) -> RuntimeError:
     )
 
 
+@torch.compiler.assume_constant_result
 def select(family: str, dtype: torch.dtype, device: str) -> str:
-    """The name of the backend for a call; RuntimeError where none can serve it."""
+    """The name of the backend for a call; RuntimeError where none can serve it.
+
+    torch.compile runs it while tracing and keeps the answer: a graph keeps its backend.
+    """
     key = (family, dtype, device)
     if key not in _choices:
         chosen, refused = _refusals(family, dtype, device)

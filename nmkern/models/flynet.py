@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nmkern.nn import ModulatedLinear, SparseProjection
 from nmkern.nn.contexts import ContextModule
+from nmkern.ops.flynet import flynet, flynet_hidden
 
 
 class FlyNet(ContextModule):
@@ -62,8 +63,16 @@ class FlyNet(ContextModule):
 
     def hidden(self, x: Tensor) -> Tensor:
         """The representation r that every task shares: ``[..., hidden_features]``."""
-        m = self.encoder(x)
-        return torch.relu(m - m.mean(-1, keepdim=True))
+        return flynet_hidden(x, self.encoder.matrix)
 
     def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
-        return self.decoder(self.hidden(x), context)
+        selected = self.decoder.selected if context is None else context
+        tensors = self.decoder.context_tensors(selected)
+        return flynet(
+            x,
+            self.encoder.matrix,
+            self.decoder.matrix,
+            gain=tensors["in_gain"],
+            context=None if isinstance(selected, int) else selected,
+            strength=tensors["strength"],
+        )

@@ -17,7 +17,8 @@ from nmkern.backends import primitives, selection
 from nmkern.backends.primitives import bank_rows, segment_sum
 from nmkern.matrix import RandomMatrix
 from nmkern.ops import checks
-from nmkern.ops.rules import differentiable
+from nmkern.ops.modulation import modulate
+from nmkern.ops.rules import batch_first, differentiable, fold_batch
 
 _TRANSPOSED = -2  # position of ``transposed`` in the matrix arguments of a dense primitive
 
@@ -56,39 +57,28 @@ def modulated_linear(
     """
     checks.check_input(x, matrix, dense=True)
     x = checks.autocast(x)
-    rows_shape = x.shape[:-1]
-    banks = {"in_gain": in_gain, "out_gain": out_gain, "bias": bias}
-    features = {"in_gain": matrix.cols, "out_gain": matrix.rows, "bias": matrix.rows}
-    selector = checks.check_context(context, x)
-    if isinstance(selector, int):
-        banks = {name: checks.select_row(name, bank, selector) for name, bank in banks.items()}
-        if isinstance(strength, Tensor) and strength.ndim:
-            strength = checks.select_row("strength", strength, selector)
-        selector = None
-    banks = {
-        name: checks.normalize_bank(name, bank, features[name], x, selector) for name, bank in banks.items()
-    }
-    args = primitives.dense_args(matrix)
-    if isinstance(strength, Tensor):
-        s = checks.normalize_bank("strength", strength[..., None], 1, x, selector)
-        assert s is not None
-        # Folded into a gain: on the input side its gradient comes with that of x for free.
-        side = "out_gain" if banks["in_gain"] is None and banks["out_gain"] is not None else "in_gain"
-        gain = banks[side]
-        banks[side] = s.expand(-1, matrix.cols) if gain is None else gain * s
-    elif strength is not None:
-        args = (*args[:-1], checks.scaled_factor(matrix, strength))
-    used = [bank for bank in banks.values() if bank is not None and bank.shape[0] > 1]
+    banks, selector, factor = modulate(
+        x,
+        matrix,
+        {"in_gain": in_gain, "out_gain": out_gain, "bias": bias},
+        {"in_gain": matrix.cols, "out_gain": matrix.rows, "bias": matrix.rows},
+        context,
+        strength,
+        # On the input side strength's gradient comes with that of x, without another product.
+        fold_into="out_gain" if in_gain is None and out_gain is not None else "in_gain",
+    )
     backend = selection.select(matrix.family, x.dtype, x.device.type)
+    *args, _ = primitives.dense_args(matrix)
     y = _OPERATORS[backend].matmul(
         x.reshape(-1, matrix.cols),
         banks["in_gain"],
         banks["out_gain"],
         banks["bias"],
-        selector.reshape(-1) if used and selector is not None else None,
+        selector,
         *args,
+        factor,
     )
-    return y.reshape(*rows_shape, matrix.rows)
+    return y.reshape(*x.shape[:-1], matrix.rows)
 
 
 def _transpose(matrix: tuple) -> tuple:
@@ -153,7 +143,7 @@ class _Operators:
 
     def vmap_matmul(self, info, in_dims, x, in_gain, out_gain, bias, context, *matrix):
         banks = (in_gain, out_gain, bias)
-        x, context, banks = _fold_batch(
+        x, context, banks = fold_batch(
             info.batch_size, x, in_dims[0], banks, in_dims[1:4], context, in_dims[4]
         )
         y = self.matmul(x, *banks, context, *matrix)
@@ -202,9 +192,9 @@ class _Operators:
         self, info, in_dims, x, in_gain, out_gain, other, context, contexts, need_product, *matrix
     ):
         batch = info.batch_size
-        other = _batch_first(other, in_dims[3], batch)
-        per_item = None if context is None else _batch_first(context, in_dims[4], batch)
-        x, folded, (in_gain, out_gain) = _fold_batch(
+        other = batch_first(other, in_dims[3], batch)
+        per_item = None if context is None else batch_first(context, in_dims[4], batch)
+        x, folded, (in_gain, out_gain) = fold_batch(
             batch, x, in_dims[0], (in_gain, out_gain), in_dims[1:3], context, in_dims[4]
         )
         z = self.matmul(x, in_gain, None, None, folded, *matrix)
@@ -221,39 +211,6 @@ class _Operators:
         if out_gain is not None:
             z = (z * bank_rows(out_gain, folded)).to(x.dtype)
         return (z.unflatten(0, (batch, -1)), grads), (0, 0)
-
-
-def _batch_first(value: Tensor, dim: int | None, batch: int) -> Tensor:
-    if dim is None:
-        return value.expand(batch, *value.shape)
-    return value.movedim(dim, 0)
-
-
-def _fold_batch(batch, x, x_dim, banks, bank_dims, context, context_dim):
-    """Fold the vmapped dimension into the rows of x: (x, context, banks) of the same primitive.
-
-    Banks stay as they are where neither they nor the context are mapped; otherwise every bank with
-    more than one row, or mapped, becomes one vector per row.
-    """
-    x = _batch_first(x, x_dim, batch)
-    rows = x.shape[1]
-    mapped = context_dim is not None or any(dim is not None for dim in bank_dims)
-    many = any(bank is not None and bank.shape[0] > 1 for bank in banks)
-    if not mapped and (context is not None or not many):
-        folded = None if context is None else context.repeat(batch)
-        return x.flatten(0, 1), folded, banks
-    contexts = None if context is None else _batch_first(context, context_dim, batch)
-    per_row = []
-    for bank, dim in zip(banks, bank_dims, strict=True):
-        if bank is not None and (dim is not None or bank.shape[0] > 1):
-            bank = _batch_first(bank, dim, batch)
-            if bank.shape[1] == 1:
-                bank = bank.expand(-1, rows, -1)
-            elif contexts is not None:
-                bank = bank.gather(1, contexts[..., None].expand(-1, -1, bank.shape[2]))
-            bank = bank.flatten(0, 1)
-        per_row.append(bank)
-    return x.flatten(0, 1), None, per_row
 
 
 _OPERATORS = {backend: _Operators(backend) for backend in selection.BACKENDS}

@@ -65,3 +65,37 @@ def differentiable(
         return eager.apply(*args) if needs_grad else below_autograd(*args)
 
     return call
+
+
+def batch_first(value: Tensor, dim: int | None, batch: int) -> Tensor:
+    """A vmapped argument with its mapped dimension in front, expanded where it is not mapped."""
+    if dim is None:
+        return value.expand(batch, *value.shape)
+    return value.movedim(dim, 0)
+
+
+def fold_batch(batch, x, x_dim, banks, bank_dims, context, context_dim):
+    """Fold the vmapped dimension into the rows of x: (x, context, banks) of the same primitive.
+
+    Banks stay as they are where neither they nor the context are mapped; otherwise every bank with
+    more than one row, or mapped, becomes one vector per row.
+    """
+    x = batch_first(x, x_dim, batch)
+    rows = x.shape[1]
+    mapped = context_dim is not None or any(dim is not None for dim in bank_dims)
+    many = any(bank is not None and bank.shape[0] > 1 for bank in banks)
+    if not mapped and (context is not None or not many):
+        folded = None if context is None else context.repeat(batch)
+        return x.flatten(0, 1), folded, banks
+    contexts = None if context is None else batch_first(context, context_dim, batch)
+    per_row = []
+    for bank, dim in zip(banks, bank_dims, strict=True):
+        if bank is not None and (dim is not None or bank.shape[0] > 1):
+            bank = batch_first(bank, dim, batch)
+            if bank.shape[1] == 1:
+                bank = bank.expand(-1, rows, -1)
+            elif contexts is not None:
+                bank = bank.gather(1, contexts[..., None].expand(-1, -1, bank.shape[2]))
+            bank = bank.flatten(0, 1)
+        per_row.append(bank)
+    return x.flatten(0, 1), None, per_row

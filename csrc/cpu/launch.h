@@ -1,6 +1,7 @@
-// Rows of a strided matrix of any of the dtypes, read and written as float32.
+// What the launchers share: rows of a strided matrix of any dtype as float32, and the parallel loop.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "dense.h"
@@ -69,6 +70,9 @@ inline void write_row(const Matrix& a, int64_t row, int64_t first, int64_t count
       return write(static_cast<uint16_t*>(a.data) + at, a.col_stride, count, from, to_bfloat16);
   }
 }
+
+// Tasks, of `cost` vector operations each, that are worth waking a thread for: about 20 us of them.
+inline int64_t grain(int64_t cost) { return (1 << 16) / std::max<int64_t>(1, cost) + 1; }
 
 template <class Body>
 void parallel_for(const Runtime& runtime, int64_t size, int64_t grain, const Body& body) {
