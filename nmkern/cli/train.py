@@ -97,7 +97,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     work.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     work.add_argument(
-        "--threads", type=positive_int, metavar="N", help="CPU threads (default: PyTorch's choice)"
+        "--threads",
+        type=positive_int,
+        metavar="N",
+        help="CPU threads (default: 1 on digits, PyTorch's choice on mnist)",
     )
     work.add_argument(
         "--out",
@@ -112,15 +115,22 @@ def run(args: argparse.Namespace) -> int:
     from nmkern.cli import machine
     from nmkern.cli.progress import print_summary, train_with_bar
     from nmkern.continual import datasets, figures, report
-    from nmkern.continual.experiment import DEFAULT_EPOCHS, DEFAULT_WIDTH, Settings, build_model
+    from nmkern.continual.experiment import (
+        DEFAULT_EPOCHS,
+        DEFAULT_THREADS,
+        DEFAULT_WIDTH,
+        Settings,
+        build_model,
+    )
     from nmkern.continual.metrics import network_size
     from nmkern.continual.tasks import make_tasks
 
     directory = args.out or Path("runs", args.tasks)
     with user_errors():
         check_device(args.device)
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
+        threads = args.threads or DEFAULT_THREADS[args.data]
+        if threads is not None:
+            torch.set_num_threads(threads)
         dataset = datasets.load(args.data, args.data_dir)
         tasks = make_tasks(args.tasks, dataset, args.num_tasks, args.seed)
         settings = Settings(

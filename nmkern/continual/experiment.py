@@ -16,6 +16,9 @@ from nmkern.models import FlyNet
 DEFAULT_WIDTH = {"digits": 40, "mnist": 10}
 # On digits 20 epochs leave the decoder half trained: 96.2 % over 36 rotated tasks, 40 give 96.9 %.
 DEFAULT_EPOCHS = {"digits": 40, "mnist": 3}
+# A step on digits is 0.7 ms of one thread: a second gains nothing, and waiting for it costs minutes where
+# other programs share the cores. None leaves the choice to PyTorch.
+DEFAULT_THREADS = {"digits": 1, "mnist": None}
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,7 @@ class ContextLayer(MatrixModule, ContextModule):
         """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""
         if isinstance(context, int):
             if not 0 <= context < len(self.contexts):
-                raise ValueError(
-                    f"context: expected 0 <= context < {len(self.contexts)}, got {context}"
-                )
+                raise ValueError(f"context: expected 0 <= context < {len(self.contexts)}, got {context}")
             return self.context(context).tensors()
         names = self.context(0).tensors()
         return {name: torch.stack([getattr(c, name) for c in self.contexts]) for name in names}
