@@ -63,6 +63,9 @@ struct Avx2 {
       for (int i = 0; i < lanes; ++i) to[j * kSparseRows + i] = from[i * kBatch + j];
   }
 
+  static NMKERN_INLINE U shift_right(U v, int bits) {
+    return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits));
+  }
   static NMKERN_INLINE F zero() { return _mm256_setzero_ps(); }
   static NMKERN_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
   static NMKERN_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }

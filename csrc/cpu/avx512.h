@@ -82,6 +82,9 @@ struct Avx512 {
     });
   }
 
+  static NMKERN_INLINE U shift_right(U v, int bits) {
+    return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits));
+  }
   static NMKERN_INLINE F zero() { return _mm512_setzero_ps(); }
   static NMKERN_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
   static NMKERN_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }

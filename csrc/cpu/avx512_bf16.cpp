@@ -45,10 +45,17 @@ struct Bf16Codec {
     }
   }
 
-  static NMKERN_INLINE void gather_rows(const U (&word)[4], int pair, U (&halves)[2]) {
-    const U a = word[2 * pair], b = word[2 * pair + 1];
-    halves[0] = _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
-    halves[1] = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+  // Each half of a lane with its first `fields` fields shifted out.
+  static NMKERN_INLINE U skip(U word, int fields) {
+    return _mm512_srl_epi16(word, _mm_cvtsi32_si128(fields * (32 / columns)));
+  }
+  // Rows r and r + 1 side by side: [pair][half] of (low or high half of row r, the same of row r + 1).
+  static NMKERN_INLINE void arrange_rows(U (&word)[4]) {
+    for (int pair = 0; pair < 2; ++pair) {
+      const U a = word[2 * pair], b = word[2 * pair + 1];
+      word[2 * pair] = _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
+      word[2 * pair + 1] = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+    }
   }
   static NMKERN_INLINE Weight broadcast(const uint32_t* x) { return _mm512_set1_epi32(int(*x)); }
   static NMKERN_INLINE __m512 fma(Weight w, Weight x, __m512 sum) {

@@ -30,10 +30,11 @@ struct FloatCodec {
     static inline __attribute__((always_inline)) Weight decode(const Prepared& word) {
       return S::template decode<F, Field>(word);
     }
-    static inline __attribute__((always_inline)) void gather_rows(const U (&word)[4], int row,
-                                                                  U (&rows)[1]) {
-      rows[0] = word[row];
+    // The word with its first `fields` fields shifted out.
+    static inline __attribute__((always_inline)) U skip(U word, int fields) {
+      return S::shift_right(word, fields * (32 / columns));
     }
+    static inline __attribute__((always_inline)) void arrange_rows(U (&)[4]) {}
     static inline __attribute__((always_inline)) Weight broadcast(const float* x) {
       return S::broadcast(x);
     }

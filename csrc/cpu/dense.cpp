@@ -45,8 +45,9 @@ struct Launch {
     output_first = out / vectors;
     head = out % vectors;
     tiles = (head + c.outputs() + tile_outputs() - 1) / tile_outputs();
-    const int64_t blocks = (c.batch + k.max_block - 1) / k.max_block;
-    block = (c.batch + blocks - 1) / blocks;
+    const int64_t blocks =
+        c.batch <= 2 * k.max_block ? 1 : (c.batch + k.max_block - 1) / k.max_block;
+    block = (c.batch + blocks - 1) / std::max<int64_t>(1, blocks);
   }
 
   int64_t tile_outputs() const { return vectors * k.lanes; }

@@ -33,7 +33,8 @@ struct Tile {
   uint32_t reduction_word;  // forward: first c0; transposed: first c1
   int64_t reduction_words;
   int64_t batch;            // rows of x, M
-  int64_t block;            // rows of x a micro-kernel takes: at most Kernels::max_block
+  // Rows of x a micro-kernel takes: all, if they are at most 2 * Kernels::max_block; else max_block.
+  int64_t block;
   // [runs of tile_steps(...) reduction steps][blocks of rows][steps of the run][rows of the block]:
   // float, or a pair of bfloat16; zero where padded. A micro-kernel reads it from front to back.
   const void* x;
@@ -75,7 +76,7 @@ struct FlyKernels {
 struct Kernels {
   const char* name;
   int lanes;
-  int max_block;  // rows of x that a micro-kernel has registers for
+  int max_block;  // rows of x for which a micro-kernel has registers beside four vectors of weights
   bool bf16;      // has bfloat16 dot products
   int64_t scratch_bytes;
   void (*run)(const Tile& tile);

@@ -59,6 +59,7 @@ struct Portable {
       for (int i = 0; i < lanes; ++i) to[j * kSparseRows + i] = from[i * kBatch + j];
   }
 
+  static NMKERN_INLINE U shift_right(U v, int bits) { return v >> uint32_t(bits); }
   static NMKERN_INLINE F zero() { return F{}; }
   static NMKERN_INLINE F load(const float* p) {
     F v;
