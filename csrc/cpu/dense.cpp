@@ -33,7 +33,12 @@ struct Launch {
   int64_t block;  // rows of x a micro-kernel takes: as even as max_block allows
 
   Launch(const Dense& c, const Runtime& r)
-      : call(c), runtime(r), k(kernels()), bf16(k.bf16 && c.x.dtype == Dtype::bfloat16) {
+      : call(c),
+        runtime(r),
+        k(kernels()),
+        // x * in_gain is no bfloat16: rounding it to one would be a rounding that the exact result does
+        // not make, so gains on the input take the float32 kernels (up to twice the time at large M).
+        bf16(k.bf16 && c.x.dtype == Dtype::bfloat16 && !c.in_gain.data) {
     const int64_t columns = columns_per_word(c.family);
     unit = c.transposed ? kRowsPerPatch : columns;
     vectors = c.transposed ? columns : kRowsPerPatch;
