@@ -78,12 +78,14 @@ class RandomMatrix:
                 )
         if not isinstance(self.scale, (int, float)) or isinstance(self.scale, bool):
             raise TypeError(f"scale: expected a float, got {self.scale!r}")
-        object.__setattr__(self, "scale", float(self.scale))
+        if not isinstance(self.transposed, bool):
+            raise TypeError(f"transposed: expected a bool, got {self.transposed!r}")
         rms = 1.0 if self.family == "sparse" else stream.DENSE_FAMILIES[self.family].rms
-        with np.errstate(over="ignore"):
-            object.__setattr__(self, "_factor", float(np.float32(self.scale / rms)))
-        if not math.isfinite(self.factor):
+        factor = float32(as_float(self.scale) / rms)
+        if not math.isfinite(factor):
             raise ValueError(f"scale: expected a finite float32 value, got {self.scale}")
+        object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "_factor", factor)
         self._check_sparse()
 
     def _check_sparse(self) -> None:
@@ -222,6 +224,20 @@ class RandomMatrix:
         row, draw = np.nonzero((drawn >= cols.start) & (drawn < cols.stop))
         tile[row, drawn[row, draw] - cols.start] = 1
         return tile
+
+
+def as_float(number: float) -> float:
+    """A number as a float; infinite where a float cannot hold it."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def float32(number: float) -> float:
+    """A number rounded to float32; infinite where that cannot hold it."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(as_float(number)))
 
 
 def _check_int(name: str, value: object) -> None:

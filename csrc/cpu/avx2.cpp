@@ -54,7 +54,7 @@ struct Avx2 {
   static NMKERN_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static NMKERN_INLINE F subtract(F a, F b) { return _mm256_sub_ps(a, b); }
   static NMKERN_INLINE F multiply(F a, F b) { return _mm256_mul_ps(a, b); }
-  static NMKERN_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static NMKERN_INLINE F relu(F v) { return _mm256_max_ps(zero(), v); }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm256_i32gather_ps(x, index, 4); }
 
   // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch

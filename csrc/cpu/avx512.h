@@ -52,7 +52,7 @@ struct Avx512 {
   static NMKERN_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static NMKERN_INLINE F subtract(F a, F b) { return _mm512_sub_ps(a, b); }
   static NMKERN_INLINE F multiply(F a, F b) { return _mm512_mul_ps(a, b); }
-  static NMKERN_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static NMKERN_INLINE F relu(F v) { return _mm512_max_ps(zero(), v); }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm512_i32gather_ps(index, x, 4); }
 
   // to[j * kSparseRows + i] = from[i * kBatch + j] for 16 x 16

@@ -79,8 +79,10 @@ struct Sweep {
         transpose_rows(net.x, b * kBatch, rows(b), net.inputs, to);
         float* sum = mean + b * kBatch;
         std::fill_n(sum, kBatch, 0.0f);
-        for (int64_t i = 0; i < net.inputs; ++i)
+        for (int64_t i = 0; i < net.inputs; ++i) {
+          if (counts[i] == 0) continue;  // not even a NaN of an input that no unit draws
           for (int lane = 0; lane < kBatch; ++lane) sum[lane] += counts[i] * to[i * kBatch + lane];
+        }
         for (int lane = 0; lane < kBatch; ++lane)
           sum[lane] = sum[lane] * net.encoder_factor / float(net.hidden);
       }

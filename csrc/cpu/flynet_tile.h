@@ -18,7 +18,7 @@ void fly_hidden(const uint32_t* columns, int64_t fan_in, const float* x, const f
       for (int64_t s = 1; s < fan_in; ++s)
         sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
       unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT {
-        sum.part[i] = S::max(S::subtract(S::multiply(sum.part[i], scale), center.part[i]), S::zero());
+        sum.part[i] = S::relu(S::subtract(S::multiply(sum.part[i], scale), center.part[i]));
       });
       sum.store(hidden);
     }

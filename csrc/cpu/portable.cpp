@@ -50,7 +50,7 @@ struct Portable {
   static NMKERN_INLINE F add(F a, F b) { return a + b; }
   static NMKERN_INLINE F subtract(F a, F b) { return a - b; }
   static NMKERN_INLINE F multiply(F a, F b) { return a * b; }
-  static NMKERN_INLINE F max(F a, F b) { return a < b ? b : a; }
+  static NMKERN_INLINE F relu(F v) { return v < 0 ? F{} : v; }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U i) { return F{x[i[0]], x[i[1]], x[i[2]], x[i[3]]}; }
 
   // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch

@@ -99,7 +99,6 @@ def _no_backend(refused: dict[str, str]) -> RuntimeError:
     )
 
 
-@torch.compiler.assume_constant_result
 def select(family: str, dtype: torch.dtype, device: str) -> str:
     """The name of the backend for a call; RuntimeError where none can serve it.
 
@@ -112,3 +111,7 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
             raise _no_backend(refused)
         _choices[key] = chosen
     return _choices[key]
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import the whole compiler.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]

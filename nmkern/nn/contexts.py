@@ -100,6 +100,12 @@ class ContextLayer(MatrixModule, ContextModule):
         finished = [i for i, context in enumerate(self.contexts) if context.finished]
         return {**super().record(), "contexts": len(self.contexts), "finished": finished}
 
+    def check_form(self, record: dict[str, Any]) -> None:
+        super().check_form(record)
+        for name, numbers in (("contexts", [record["contexts"]]), ("finished", record["finished"])):
+            if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+                raise TypeError(f"{name}: {record[name]!r}")
+
     def check_record(self, name: str, record: dict[str, Any]) -> None:
         super().check_record(name, record)
         contexts, finished = record["contexts"], record["finished"]

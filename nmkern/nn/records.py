@@ -31,6 +31,11 @@ class MatrixModule(nn.Module):
     def apply_record(self, record: dict[str, Any]) -> None:
         """Prepare for the tensors of a checkpoint whose record has been checked."""
 
+    def check_form(self, record: dict[str, Any]) -> None:
+        """TypeError or KeyError where the record is not one that ``record`` could have made."""
+        if not isinstance(record["matrix"], dict):
+            raise TypeError(f"matrix: {record['matrix']!r}")
+
     def check_record(self, name: str, record: dict[str, Any]) -> None:
         """RuntimeError where the record is not of this module's matrix. Changes nothing."""
         ours, theirs = self.matrix.to_dict(), record["matrix"]
@@ -52,6 +57,7 @@ class MatrixModule(nn.Module):
         name = prefix.rstrip(".") or type(self).__name__
         try:
             record = json.loads(bytes(state_dict[prefix + RECORD_KEY].tolist()))
+            self.check_form(record)
             self.check_record(name, record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RuntimeError(f"{name}: the checkpoint's record cannot be read: {error!r}") from error

@@ -2,30 +2,36 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nmkern.backends import primitives
-from nmkern.matrix import RandomMatrix
+from nmkern.matrix import RandomMatrix, as_float, float32
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_input(x: Tensor, matrix: RandomMatrix, *, dense: bool) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+def check_matrix(name: str, matrix: RandomMatrix, *, dense: bool) -> None:
+    """A RandomMatrix of a dense family, or of the sparse one."""
     if not isinstance(matrix, RandomMatrix):
-        raise TypeError(f"matrix: expected a RandomMatrix, got {type(matrix).__name__}")
+        raise TypeError(f"{name}: expected a RandomMatrix, got {type(matrix).__name__}")
     if dense == (matrix.family == "sparse"):
         want, use = ("dense", "sparse_project") if dense else ("sparse", "modulated_linear")
         raise ValueError(
-            f"matrix: expected a {want} family, got {matrix.family!r}, which {use} multiplies by"
+            f"{name}: expected a {want} family, got {matrix.family!r}, which {use} multiplies by"
         )
+
+
+def check_input(x: Tensor, matrix: RandomMatrix) -> None:
+    """A strided floating-point tensor with as many features as the matrix has columns."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got layout {_name(x.layout)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"x: expected {', '.join(map(_name, _DTYPES))}, got {_name(x.dtype)}")
     if x.ndim == 0 or x.shape[-1] != matrix.cols:
@@ -35,16 +41,12 @@ def check_input(x: Tensor, matrix: RandomMatrix, *, dense: bool) -> None:
         )
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x as an enabled torch.autocast wants it for a linear layer."""
+def autocast(x: Tensor) -> tuple[Tensor, bool]:
+    """x as an enabled torch.autocast wants it for a linear layer, and whether one is enabled."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-    ):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return x, False
+    return (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))), True
 
 
 def check_context(context: Tensor | int | None, x: Tensor) -> Tensor | int | None:
@@ -77,15 +79,23 @@ def select_row(name: str, bank: Tensor | None, index: int) -> Tensor | None:
 
 
 def normalize_bank(
-    name: str, bank: Tensor | None, features: int, x: Tensor, context: Tensor | None
+    name: str,
+    bank: Tensor | None,
+    features: int,
+    x: Tensor,
+    context: Tensor | None,
+    cast: bool,
 ) -> Tensor | None:
-    """A gain, bias or strength as the primitives take it: ``[T, features]`` in the dtype of sums."""
+    """A gain, bias or strength as the primitives take it: ``[T, features]`` in the dtype of sums.
+
+    ``cast`` says that autocast chose the dtype of x: banks may then come in any.
+    """
     if bank is None:
         return None
     if not isinstance(bank, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(bank).__name__}")
     wide = primitives.sum_dtype(x.dtype)
-    if bank.dtype not in (x.dtype, wide):
+    if bank.dtype not in (_DTYPES if cast else (x.dtype, wide)):
         want = _name(x.dtype) if x.dtype == wide else f"{_name(x.dtype)} or {_name(wide)}"
         raise TypeError(f"{name}: expected {want} for x of {_name(x.dtype)}, got {_name(bank.dtype)}")
     if bank.device != x.device:
@@ -119,7 +129,7 @@ def scaled_factor(matrix: RandomMatrix, strength: float) -> float:
     """The matrix's factor times a number, rounded to float32 as the factor itself is."""
     if not isinstance(strength, (int, float)) or isinstance(strength, bool):
         raise TypeError(f"strength: expected a number or a tensor, got {strength!r}")
-    factor = float(np.float32(matrix.factor * strength)) if math.isfinite(strength) else math.nan
+    factor = float32(matrix.factor * as_float(strength))
     if not math.isfinite(factor):
         raise ValueError(f"strength: expected a finite number, got {strength}")
     return factor

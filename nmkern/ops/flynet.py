@@ -45,15 +45,19 @@ def flynet(
     are dtypes and errors. Memory beyond the arguments is proportional to batch x inputs + hidden.
     Source: arXiv:2204.04297, section 3.
     """
-    checks.check_input(x, encoder, dense=False)
+    checks.check_matrix("encoder", encoder, dense=False)
+    checks.check_matrix("decoder", decoder, dense=True)
+    checks.check_input(x, encoder)
+    if not isinstance(gain, Tensor):
+        raise TypeError(f"gain: expected a tensor, got {type(gain).__name__}")
     if decoder.cols != encoder.rows:
         raise ValueError(f"decoder: expected {encoder.rows} columns, the encoder's rows, got {decoder.cols}")
     if (torch.is_grad_enabled() and x.requires_grad) or encoder.transposed or decoder.transposed:
         r = flynet_hidden(x, encoder)
         return modulated_linear(r, decoder, in_gain=gain, context=context, strength=strength)
-    x = checks.autocast(x)
+    x, cast = checks.autocast(x)
     banks, selector, factor = modulate(
-        x, decoder, {"gain": gain}, {"gain": encoder.rows}, context, strength, fold_into="gain"
+        x, decoder, {"gain": gain}, {"gain": encoder.rows}, context, strength, fold_into="gain", cast=cast
     )
     backend = selection.select(decoder.family, x.dtype, x.device.type)
     *args, _ = primitives.flynet_args(encoder, decoder)

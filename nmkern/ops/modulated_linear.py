@@ -55,8 +55,9 @@ def modulated_linear(
     Raises TypeError (dtype), ValueError (shape, value) and RuntimeError (device, backend) before any
     work starts. Source: arXiv:2204.04297, section 3; the operator of context modulation.
     """
-    checks.check_input(x, matrix, dense=True)
-    x = checks.autocast(x)
+    checks.check_matrix("matrix", matrix, dense=True)
+    checks.check_input(x, matrix)
+    x, cast = checks.autocast(x)
     banks, selector, factor = modulate(
         x,
         matrix,
@@ -66,6 +67,7 @@ def modulated_linear(
         strength,
         # On the input side strength's gradient comes with that of x, without another product.
         fold_into="out_gain" if in_gain is None and out_gain is not None else "in_gain",
+        cast=cast,
     )
     backend = selection.select(matrix.family, x.dtype, x.device.type)
     *args, _ = primitives.dense_args(matrix)

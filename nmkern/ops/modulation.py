@@ -16,10 +16,12 @@ def modulate(
     context: Tensor | int | None,
     strength: Tensor | float | None,
     fold_into: str,
+    cast: bool,
 ) -> tuple[dict[str, Tensor | None], Tensor | None, float]:
     """Banks ``[T, features]`` by name, the context of each row (or None), and the matrix's factor.
 
-    A strength that is a number goes into the factor, a tensor into the bank ``fold_into``.
+    A strength that is a number goes into the factor, a tensor into the bank ``fold_into``. ``cast`` says
+    that autocast chose the dtype of x, so that banks may come in another.
     """
     selector = checks.check_context(context, x)
     if isinstance(selector, int):
@@ -28,11 +30,12 @@ def modulate(
             strength = checks.select_row("strength", strength, selector)
         selector = None
     ready = {
-        name: checks.normalize_bank(name, bank, features[name], x, selector) for name, bank in banks.items()
+        name: checks.normalize_bank(name, bank, features[name], x, selector, cast)
+        for name, bank in banks.items()
     }
     factor = matrix.factor
     if isinstance(strength, Tensor):
-        s = checks.normalize_bank("strength", strength[..., None], 1, x, selector)
+        s = checks.normalize_bank("strength", strength[..., None], 1, x, selector, cast)
         assert s is not None
         gain = ready[fold_into]
         ready[fold_into] = s.expand(-1, features[fold_into]) if gain is None else gain * s

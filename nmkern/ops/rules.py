@@ -57,12 +57,11 @@ def differentiable(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        needs_grad = torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        )
         if torch._C._functorch.maybe_current_level() is not None:
-            return functional.apply(*args) if needs_grad else op(*args)
-        return eager.apply(*args) if needs_grad else below_autograd(*args)
+            return functional.apply(*args)
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return eager.apply(*args)
+        return below_autograd(*args)
 
     return call
 

@@ -25,8 +25,9 @@ def sparse_project(x: Tensor, matrix: RandomMatrix) -> Tensor:
     float32 (float64 for float64). Deterministic, forward and backward. Raises as
     ``modulated_linear`` does. Source: arXiv:2204.04297, section 3 (the encoder of FlyNet).
     """
-    checks.check_input(x, matrix, dense=False)
-    x = checks.autocast(x)
+    checks.check_matrix("matrix", matrix, dense=False)
+    checks.check_input(x, matrix)
+    x, _ = checks.autocast(x)
     backend = selection.select(matrix.family, x.dtype, x.device.type)
     y = _OPERATORS[backend].matmul(x.reshape(-1, matrix.cols), *primitives.sparse_args(matrix))
     return y.reshape(*x.shape[:-1], matrix.rows)

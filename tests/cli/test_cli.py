@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from continual.test_tasks import write_mnist
 from safetensors.torch import load_file, save_file
 
 from nmkern import __version__, environment, stream
 from nmkern.backends.selection import BACKENDS
 from nmkern.cli import main, progress
 from nmkern.continual.training import TaskDone
-from tests.continual.test_tasks import write_mnist
 
 SMALL = ["--num-tasks", "3", "--epochs", "1", "--width", "2"]
 
