@@ -1,0 +1,126 @@
+"""What the whole suite shares: the backends it runs on, hypothesis' settings, and the rule on random state.
+
+A test that takes the ``backend`` fixture runs once on the reference and once on every instruction set
+of the cpu backend, unchanged. Where one cannot run, the test is skipped with the backend's own reason.
+"""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import nmkern
+from nmkern.backends import cpu
+
+# Derandomised: a failure on one machine is a failure on all. The backend fixture is the same for all
+# examples of a test, so that its scope is no hazard.
+settings.register_profile(
+    "nmkern",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=20,
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.filter_too_much,
+    ],
+)
+settings.load_profile("nmkern")
+
+torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads set their own count
+
+BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Forces a backend and, for cpu, an instruction set; the name of the backend."""
+    with _forced(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=("reference", "cpu"))
+def backend_once(request):
+    """As ``backend``, with the cpu's own choice of instruction set: for what kernels do not influence."""
+    with _forced(request.param) as name:
+        yield name
+
+
+@contextlib.contextmanager
+def _forced(backend_and_isa):
+    name, _, isa = backend_and_isa.partition("-")
+    if name != "cpu":
+        with nmkern.use_backend(name):
+            yield name
+        return
+    reason = cpu.refusal("uniform", torch.float32, "cpu")
+    if reason is not None:
+        pytest.skip(f"cpu: {reason}")
+    before = cpu.isa()
+    try:
+        cpu.set_isa(isa or before)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    try:
+        with nmkern.use_backend(name):
+            yield name
+    finally:
+        cpu.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets PyTorch's thread count for a backend; the count before comes back.
+
+    The reference has no threads of its own: there PyTorch's are tested by PyTorch, and only cost time.
+    """
+    before = torch.get_num_threads()
+
+    def set_count(count: int, backend: str) -> None:
+        torch.set_num_threads(1 if backend == "reference" else count)
+
+    yield set_count
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def global_random_state():
+    """No test, and nothing that a test calls, moves the global random state of anyone."""
+    before = _random_state()
+    yield
+    assert _random_state() == before, "the test moved a global random state"
+
+
+def _random_state() -> tuple:
+    _, keys, *position = np.random.get_state()  # noqa: NPY002 - it is the legacy state that is guarded
+    return torch.get_rng_state().numpy().tobytes(), keys.tobytes(), position, random.getstate()
+
+
+@pytest.fixture
+def run_python():
+    """A function that runs a script in a process of its own and returns what it printed."""
+
+    def run(script: str, *, check: bool = True, **environment: str) -> str:
+        plain = {k: v for k, v in os.environ.items() if not k.startswith("NMKERN_")}
+        # The child imports the same nmkern, wherever this one came from.
+        path = str(Path(nmkern.__file__).parents[1])
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**plain, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            pytest.fail(f"the script ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done.stdout if check else done.stdout + done.stderr
+
+    return run

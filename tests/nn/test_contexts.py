@@ -1,0 +1,290 @@
+"""Contexts: adding, selecting, finishing; and that nothing moves a finished one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from formula import generator, normals
+from torch import nn
+
+from nmkern.nn import (
+    ModulatedLinear,
+    SparseProjection,
+    add_context,
+    context_parameters,
+    finish_context,
+    num_contexts,
+    select_context,
+    use_context,
+)
+
+
+def network(contexts=2):
+    """Two layers with contexts, with other modules around and between them."""
+    return nn.Sequential(
+        SparseProjection(6, 12, 3, seed=1),
+        ModulatedLinear(12, 16, gain="both", strength=True, init="xavier_normal", contexts=contexts, seed=2),
+        nn.Sequential(nn.ReLU(), ModulatedLinear(16, 5, gain="out", contexts=contexts, seed=3)),
+    )
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, ModulatedLinear)]
+
+
+def filled(model, seed=4):
+    g = generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=g))
+    return model
+
+
+def bits(model, index):
+    """Copies of all tensors of a context."""
+    tensors = [layer.context_tensors(index) for layer in layers(model)]
+    return [value.detach().clone() for named in tensors for value in named.values()]
+
+
+def same(one, other):
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+X = normals((8, 6), generator(1))
+
+
+# Adding
+
+
+def test_adding_contexts():
+    model = network(1)
+    assert num_contexts(model) == 1
+    before = bits(model, 0)
+    assert [add_context(model), add_context(model)] == [1, 2]
+    assert num_contexts(model) == 3
+    assert same(bits(model, 0), before)
+    assert not same(bits(model, 1), before)
+    assert [layer.num_contexts for layer in layers(model)] == [3, 3]
+    assert layers(model)[0].add_context() == 3  # a layer of its own is a model too
+    with pytest.raises(ValueError, match=r"^model: expected equally many contexts .*, got \[3, 4\]"):
+        num_contexts(model)
+
+
+def test_an_added_context_is_born_in_the_dtype_of_the_layer():
+    model = network().to(torch.float64)
+    index = add_context(model)
+    assert {p.dtype for p in context_parameters(model, index)} == {torch.float64}
+
+
+def test_context_parameters_are_those_of_one_context():
+    model = network(3)
+    sets = [context_parameters(model, index) for index in range(3)]
+    assert [len(found) for found in sets] == [6, 6, 6]  # two gains, strength and bias; a gain and a bias
+    assert {id(p) for found in sets for p in found} == {id(p) for p in model.parameters()}
+    finish_context(model, 1)
+    assert context_parameters(model, 1) == []
+    assert {id(p) for p in model.parameters()} == {id(p) for p in [*sets[0], *sets[2]]}
+
+
+# Selecting
+
+
+def test_every_way_to_select_a_context_agrees():
+    model = filled(network(3))
+    first, last = layers(model)
+    want = []
+    for index in range(3):
+        hidden = first(model[0](X), index)  # the argument of the call, layer by layer
+        want.append(last(torch.relu(hidden), index))
+    assert not torch.equal(want[0], want[1])
+    assert torch.equal(model(X), want[0])  # at first: context 0
+    for index in (2, 1):
+        select_context(model, index)
+        assert torch.equal(model(X), want[index])
+        with use_context(model, 0):
+            assert torch.equal(model(X), want[0])
+        assert torch.equal(model(X), want[index])
+    first.select_context(2)  # the method: of this layer alone
+    assert (first.selected, last.selected) == (2, 1)
+
+
+def test_an_argument_comes_before_what_is_selected():
+    layer = filled(ModulatedLinear(6, 5, contexts=2))
+    layer.select_context(1)
+    assert torch.equal(layer(X, 0), layer(X, context=0))
+    assert not torch.equal(layer(X, 0), layer(X))
+    assert layer.selected == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_a_context_per_row(backend_once, dtype):
+    """A mixed batch is what its rows are in their own contexts, bit for bit or to the rounding of sums."""
+    model = filled(network(3))
+    contexts = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0], dtype=dtype)
+    with use_context(model, contexts):
+        mixed = model(X)
+    for index in range(3):
+        with use_context(model, index):
+            alone = model(X)
+        rows = contexts == index
+        # Two layers of sums of at most 16 products each, rounded otherwise in another batch.
+        error = (mixed[rows] - alone[rows]).norm() / alone[rows].norm()
+        assert error <= 2 * 16 * 2.0**-24
+    layer = filled(ModulatedLinear(6, 5, contexts=3))
+    shaped = layer(X.view(2, 4, 6), contexts.view(2, 4))
+    assert torch.equal(shaped.view(8, 5), layer(X, contexts))
+
+
+def test_use_context_restores_after_an_exception_and_nests():
+    model = network(3)
+    layers(model)[0].selected = 2  # each layer gets back what it had
+
+    def selected():
+        return [layer.selected for layer in layers(model)]
+
+    def fail_inside():
+        with use_context(model, 1):
+            assert selected() == [1, 1]
+            with use_context(model, torch.zeros(8, dtype=torch.int64)):
+                assert all(torch.is_tensor(value) for value in selected())
+            assert selected() == [1, 1]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert selected() == [2, 0]
+
+
+@pytest.mark.parametrize("index", [3, -1])
+def test_contexts_out_of_range(index):
+    model = network(3)
+    message = rf"^context: expected 0 <= context < 3, got {index}$"
+    calls = (
+        lambda: select_context(model, index),
+        lambda: context_parameters(model, index),
+        lambda: finish_context(model, index),
+        lambda: layers(model)[0](torch.ones(12), index),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=message), use_context(model, index):
+        pass
+    assert [layer.selected for layer in layers(model)] == [0, 0]
+    with pytest.raises(ValueError, match=r"^context: expected 0 <= context < 3, .* got values from"):
+        layers(model)[0](torch.ones(2, 12), torch.tensor([0, index]))
+
+
+@pytest.mark.parametrize("call", [num_contexts, add_context, lambda m: select_context(m, 0)])
+def test_a_model_without_contexts(call):
+    with pytest.raises(ValueError, match=r"^model: expected a module with context layers, got Linear$"):
+        call(nn.utils.skip_init(nn.Linear, 3, 2))
+
+
+# Finishing
+
+
+def test_finishing_keeps_bits_keys_and_outputs():
+    model = filled(network())
+    before, keys, output = bits(model, 0), list(model.state_dict()), model(X)
+    finish_context(model, 0)
+    assert same(bits(model, 0), before)
+    assert sorted(model.state_dict()) == sorted(keys)
+    assert torch.equal(model(X), output)
+    finish_context(model, 0)  # once more changes nothing
+    assert same(bits(model, 0), before)
+    assert all(layer.contexts[0].finished and not layer.contexts[1].finished for layer in layers(model))
+    model.requires_grad_(True)  # and no switch brings it back
+    assert not any(value.requires_grad for layer in layers(model) for value in layer.contexts[0].buffers())
+    assert not model(X).requires_grad
+    for layer in layers(model):
+        assert [name for name, _ in layer.contexts[0].named_parameters()] == []
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4),
+}
+
+
+def train(model, optimizer, index, steps=4):
+    target = normals((8, 5), generator(10 + index))
+
+    def closure():
+        # Zeros instead of None: what the optimizer still holds gets a gradient, of zero.
+        optimizer.zero_grad(set_to_none=False)
+        with use_context(model, index):
+            loss = (model(X) - target).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_no_optimizer_moves_a_finished_context(backend_once, optimizer):
+    """It goes on with the old parameters, their momentum, decay and history; the context stays."""
+    model = filled(network())
+    parameters = list(model.parameters())
+    opt = OPTIMIZERS[optimizer](parameters)
+    old = context_parameters(model, 0)
+    train(model, opt, 0)
+    assert all(bool(p.grad.any()) for p in old)
+    before = bits(model, 0)
+    finish_context(model, 0)
+    output = model(X).detach()
+    held = [p.detach().clone() for p in old]
+    other = bits(model, 1)
+    train(model, opt, 1)
+    assert same(bits(model, 0), before)
+    assert torch.equal(model(X), output)
+    assert not same(bits(model, 1), other)
+    # The optimizer did move what it held: an unfinished context would have been moved.
+    assert not any(torch.equal(p, h) for p, h in zip(old, held, strict=True))
+
+
+def test_training_one_context_gives_no_gradient_to_another():
+    model = filled(network(3))
+    opt = torch.optim.SGD(context_parameters(model, 1), lr=0.1, momentum=0.9, weight_decay=0.1)
+    before = [bits(model, index) for index in range(3)]
+    train(model, opt, 1)
+    assert [same(bits(model, index), before[index]) for index in range(3)] == [True, False, True]
+
+
+def test_a_mixed_batch_trains_the_unfinished_contexts_only():
+    model = filled(network(3))
+    finish_context(model, 1)
+    before = [bits(model, index) for index in range(3)]
+    opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+    with use_context(model, torch.tensor([0, 1, 2, 1, 0, 1, 2, 1])):
+        model(X).square().sum().backward()
+    opt.step()
+    assert [same(bits(model, index), before[index]) for index in range(3)] == [False, True, False]
+
+
+# Copies
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_equal_and_independent(duplicate):
+    model = filled(network(3))
+    finish_context(model, 1)
+    select_context(model, torch.tensor([0, 1, 2, 1, 0, 1, 2, 1]))
+    other = duplicate(model)
+    assert torch.equal(other(X), model(X))
+    for index in range(3):
+        assert same(bits(other, index), bits(model, index))
+    assert [context.finished for context in layers(other)[0].contexts] == [False, True, False]
+    before = bits(model, 0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    add_context(other)
+    assert same(bits(model, 0), before) and num_contexts(model) == 3 and num_contexts(other) == 4

@@ -1,0 +1,468 @@
+"""modulated_linear: the same weights, sums and gradients as the formula, on every backend.
+
+Where the weights can be read off (the identity) or every sum is exact (integers), results are compared
+bit for bit; elsewhere with a bound that follows from the number of roundings (see formula.py).
+"""
+
+import ctypes
+import itertools
+import mmap
+import random
+from functools import partial
+
+import pytest
+import torch
+from formula import (
+    KINDS,
+    UNIT,
+    Expected,
+    T,
+    arguments,
+    exact_matrix,
+    generator,
+    integers,
+    modulated,
+    normals,
+    poisoned,
+    signs,
+    stored_weights,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from nmkern import RandomMatrix, modulated_linear, stream
+
+FAMILIES = tuple(stream.DENSE_FAMILIES)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def run(x, matrix, named, dy):
+    """The result and the gradient of every floating-point tensor among the arguments."""
+    leaves = {"x": x.detach().requires_grad_()}
+    for name, value in named.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            leaves[name] = value.detach().requires_grad_()
+    y = modulated_linear(leaves["x"], matrix, **{**named, **{k: v for k, v in leaves.items() if k != "x"}})
+    return y.detach(), dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+
+
+# The weights themselves
+
+corners = st.one_of(
+    st.integers(0, 70),
+    *(st.integers(border - 40, border + 40) for border in (2**31, 2**32, 2**33)),
+    st.integers(2**34 - 90, 2**34 - 42),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(
+    corner=st.tuples(corners, corners),
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    seed=st.sampled_from([0, 1, 12345678901, 2**32, 2**63, 2**64 - 1]),
+    dtype=st.sampled_from(DTYPES),
+    batch=st.sampled_from([1, 3, 5, 16, 40]),
+    count=st.integers(1, 8),
+)
+def test_the_identity_gives_the_weights(backend, threads, family, corner, shape, seed, dtype, batch, count):
+    """Forward, transposed and in the backward pass; a batch of any size, any number of threads."""
+    threads(count, backend)
+    (top, left), (rows, cols) = corner, shape
+    whole = RandomMatrix(2**34 - 1, 2**34 - 1, seed=seed, family=family, scale=0.7)
+    matrix = whole[top : top + rows, left : left + cols]
+    want = matrix.materialize(dtype)
+    by_row = [modulated_linear(part, matrix.T) for part in torch.eye(rows, dtype=dtype).split(batch)]
+    assert torch.equal(torch.cat(by_row), want)
+    by_col = [modulated_linear(part, matrix) for part in torch.eye(cols, dtype=dtype).split(batch)]
+    assert torch.equal(torch.cat(by_col).T, want)
+    x = torch.zeros(rows, cols, dtype=dtype, requires_grad=True)
+    y = modulated_linear(x, matrix)
+    assert torch.equal(torch.autograd.grad(y, x, torch.eye(rows, dtype=dtype))[0], want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_identity_gives_the_weights_of_a_matrix_of_many_tiles(backend, family):
+    whole = RandomMatrix(400_003, 300_007, seed=3, family=family)  # 1.2e11 elements
+    matrix = whole[-259:, -1030:]
+    want = matrix.materialize()
+    assert torch.equal(modulated_linear(torch.eye(259), matrix.T), want)
+    assert torch.equal(modulated_linear(torch.eye(1030), matrix).T, want)
+
+
+# Exact sums
+#
+# Let x and dy be integers of modulus at most 1, gains at most 2, bias at most 8, codes c at most 252,
+# the factor f a power of two. Then, in units of f (bias and d_bias: of 1), every partial sum in whatever
+# order is an integer of modulus at most
+#     z, dz        K * 2 * 252 and N * 2 * 252              product, dx: twice that
+#     d_in, d_out  M * N * 2 * 252 and M * K * 2 * 252
+# With M = 130, N = 101, K = 149 that is 9.8e6, below 2^24 = 1.67e7; so float32 is exact whatever
+# the order, y and the gradients are correctly rounded values of exact ones, and equality is bit for bit.
+# Gains times x stay below 2^8 too: exact in bfloat16, should a kernel hold them so.
+
+
+def integer_case(family, kind, rows, k, n, dtype, exponent=-10):
+    g = generator(rows)
+    matrix = exact_matrix(family, n, k, exponent)
+    x = integers((rows, k), 1, g, dtype)
+    dy = integers((rows, n), 1, g, dtype)
+    named = arguments(kind, (rows,), matrix, partial(integers, limit=2, generator=g), g)
+    named.pop("strength", None)  # its gradient sums over all of K or N: not below 2^24
+    if "bias" in named:
+        named["bias"] = 4 * named["bias"]
+    return x, matrix, named, dy
+
+
+def same_bits(actual, exact):
+    """Equal to the exact value rounded to the dtype (float64 holds the exact value)."""
+    want = exact.to(actual.dtype)
+    assert torch.equal(want.double(), exact) or actual.dtype in (torch.bfloat16, torch.float16)
+    assert torch.isfinite(want).all()
+    assert torch.equal(actual, want)
+
+
+def check_exactly(x, matrix, named, dy):
+    want = Expected(x, matrix, named, dy)
+    y, grads = run(x, matrix, named, dy)
+    same_bits(y, want.y)
+    for name, grad in grads.items():
+        same_bits(grad, want.grads[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integers_give_exact_results_and_gradients(backend, threads, family, dtype):
+    kinds = ("vectors", "banks", "rows", "plain", "mixed", "in", "out", "one of banks", "broadcast rows")
+    # Kernels have a form of their own for each small batch, and others for larger ones.
+    batches = (*range(1, 14), 16, 24, 25, 33, 70, 130)
+    cases = zip(batches, itertools.cycle(kinds), itertools.cycle((8, 1, 3, 2)), strict=False)
+    for rows, kind, count in cases:
+        threads(count, backend)
+        x, matrix, named, dy = integer_case(family, kind, rows, 149, 101, dtype)
+        for view in (matrix, exact_matrix(family, 149, 101, -10).T):
+            check_exactly(x, view, named, dy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("k", "n"), [(5003, 67), (67, 5003), (1, 2500), (2500, 1)])
+def test_integers_give_exact_results_on_long_sums(backend, threads, family, k, n):
+    # Signs as gains: y is at most K * 252, d_in M * N * 252, d_out M * K * 252 = 1.5e7 < 2^24 at M = 12.
+    for rows, count in ((1, 2), (2, 1), (3, 7), (12, 2)):
+        threads(count, backend)
+        g = generator(rows)
+        matrix = exact_matrix(family, n, k)
+        x, dy = integers((rows, k), 1, g), integers((rows, n), 1, g)
+        check_exactly(x, matrix, {"in_gain": signs((k,), g), "out_gain": signs((n,), g)}, dy)
+
+
+def test_a_batch_larger_than_any_scratch(backend, threads):
+    """70 rows of 2^16 inputs, 18 MiB: kernels that bound their scratch take it in parts.
+
+    With signs for weights and gains every sum is at most M * K = 4.6e6 < 2^24.
+    """
+    threads(2, backend)
+    g = generator(0)
+    matrix = exact_matrix("rademacher", 3, 2**16)
+    x, dy = integers((70, 2**16), 1, g), integers((70, 3), 1, g)
+    named = {"in_gain": signs((T, 2**16), g), "out_gain": signs((T, 3), g)}
+    check_exactly(x, matrix, {**named, "context": torch.randint(T, (70,), generator=g)}, dy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_factor_gain_and_bias_are_rounded_one_after_the_other(backend, family):
+    """y = fl(fl(fl(S * factor) * out_gain) + bias) with S an exact integer: no fused multiply-add."""
+    matrix = RandomMatrix(90, 130, seed=8, family=family, scale=0.123)
+    codes = exact_matrix(family, 90, 130, seed=8).materialize()
+    for rows in (1, 4, 7, 40):
+        g = generator(rows)
+        x = integers((rows, 130), 3, g)
+        out_gain, bias = normals((90,), g), normals((90,), g)
+        total = (x.double() @ codes.double().T).float()  # at most 130 * 3 * 252 < 2^24
+        want = total * matrix.factor * out_gain + bias
+        assert torch.equal(modulated_linear(x, matrix, out_gain=out_gain, bias=bias), want)
+        half = modulated_linear(x.bfloat16(), matrix, out_gain=out_gain, bias=bias)
+        assert torch.equal(half, want.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeats_give_the_same_bits(backend, dtype):
+    matrix = RandomMatrix(201, 333, seed=2)
+    for rows in (1, 5, 67):
+        g = generator(rows)
+        x, dy = normals((rows, 333), g, dtype), normals((rows, 201), g, dtype)
+        named = arguments("banks", (rows,), matrix, partial(normals, generator=g), g)
+        first, first_grads = run(x, matrix, named, dy)
+        for _ in range(3):
+            y, grads = run(x, matrix, named, dy)
+            assert torch.equal(y, first)
+            assert all(torch.equal(grads[name], first_grads[name]) for name in grads)
+
+
+# Rounding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_float32_error_at_k_8192(backend, family, transposed):
+    """Relative Frobenius error against float64 of at most 2e-6, the house bound.
+
+    Partial sums of x * W walk randomly whatever the sign of x, since W has mean zero: after k terms of size
+    s they are about sqrt(k) s. An addition errs by up to half a unit in the last place, a mean square of
+    0.18 (2^-24)^2 relative to the sum (uniform error, mantissas spread logarithmically). A single chain of
+    K additions so errs by sqrt(0.18 K / 2) 2^-24 = 1.6e-6 of the result: the bound leaves no room for more
+    than that one chain. It holds for positive inputs (a ReLU's) as for any, where a kernel that multiplied
+    by unsigned codes and subtracted the mean at the end would lose a factor of sqrt(K).
+    """
+    matrix = RandomMatrix(*((8192, 96) if transposed else (96, 8192)), seed=4, family=family)
+    matrix = matrix.T if transposed else matrix
+    weights = stored_weights(matrix)
+    g = generator(1)
+    noise = normals((33, 8192), g)
+    x = torch.cat([noise[:11], noise[11:22].relu(), 1 + noise[22:].abs() / 100])
+    gain = normals((8192,), g)
+    for call, rows in (({}, x), ({}, x[9:14]), ({}, x[21:22]), ({}, x[22:23]), ({"in_gain": gain}, x[20:24])):
+        want = (rows.double() * gain.double() if call else rows.double()) @ weights.T
+        y = modulated_linear(rows, matrix, **call).double()
+        error = (y - want).norm() / want.norm()
+        assert error <= 2e-6, (len(rows), error)
+        if len(rows) == 33:  # and for each kind of input on its own
+            errors = [(a - b).norm() / b.norm() for a, b in zip(y.split(11), want.split(11), strict=True)]
+            assert max(errors) <= 2e-6, errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "in", "vectors", "banks"])
+def test_narrow_dtypes_are_rounded_once(backend, dtype, kind):
+    """y is the exact result rounded, or what rounding gives within the error of float32 sums.
+
+    Rounding is monotonic: if z is the float32 value and |z - exact| <= d, then y = round(z) lies between
+    round(exact - d) and round(exact + d). A second rounding to the narrow dtype, of gains times x, of
+    a partial sum or of the sum before the gain, leaves that bracket.
+    """
+    matrix = RandomMatrix(67, 90, seed=6, family="normal")
+    for rows in (1, 3, 8, 40):
+        g = generator(rows)
+        x = normals((rows, 90), g, dtype)
+        named = arguments(kind, (rows,), matrix, partial(normals, generator=g), g)
+        want = Expected(x, matrix, named)
+        d = want.roundings * UNIT[torch.float32] * want.magnitude
+        y = modulated_linear(x, matrix, **named)
+        assert y.dtype == dtype
+        assert ((want.y - d).to(dtype) <= y).all() and (y <= (want.y + d).to(dtype)).all()
+
+
+# Shapes and layouts
+
+sizes = st.one_of(st.integers(1, 9), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 130, 257]))
+leads = st.one_of(
+    st.tuples(st.one_of(st.integers(0, 20), st.integers(0, 75))),
+    st.sampled_from([(), (2, 3), (2, 0, 3), (3, 1, 2), (1, 1), (5, 7, 2)]),
+)
+layouts = st.sampled_from(["contiguous", "transposed", "strided", "wide rows", "expanded", "expanded rows"])
+
+
+def laid_out(value, layout):
+    """The same values, or for expanded layouts some of them, between NaNs in another layout."""
+    *lead, k = value.shape
+    if layout == "transposed" and lead:
+        return poisoned(value.transpose(0, -1).contiguous()).transpose(0, -1)
+    if layout == "strided":
+        buffer = torch.full((*lead, 2 * k), float("nan"), dtype=value.dtype)
+        buffer[..., ::2] = value
+        return buffer[..., ::2]
+    if layout == "wide rows":
+        buffer = torch.full((*lead, k + 5), float("nan"), dtype=value.dtype)
+        buffer[..., 3 : 3 + k] = value
+        return buffer[..., 3 : 3 + k]
+    if layout == "expanded":
+        return value[..., :1].clone().expand(value.shape)
+    if layout == "expanded rows" and lead and value.numel():
+        return value[:1].clone().expand(value.shape)
+    return poisoned(value)
+
+
+@given(
+    lead=leads,
+    k=sizes,
+    n=sizes,
+    offset=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    transposed=st.booleans(),
+    family=st.sampled_from(FAMILIES),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
+    narrow=st.booleans(),
+    layout=layouts,
+)
+@settings(max_examples=80)
+@example((0,), 5, 4, (1, 2), False, "normal", "banks", torch.float32, False, "contiguous")
+@example((), 1, 1, (0, 0), True, "uniform", "rows", torch.float32, False, "contiguous")
+@example((70,), 257, 130, (3, 5), True, "normal", "banks", torch.bfloat16, True, "transposed")
+def test_any_shape_and_layout(backend, lead, k, n, offset, transposed, family, kind, dtype, narrow, layout):
+    g = generator(k + 1000 * n)
+    whole = RandomMatrix(offset[0] + n, offset[1] + k, seed=7, family=family, scale=k**-0.5)
+    matrix = whole[offset[0] :, offset[1] :]
+    if transposed:
+        rows, cols = offset[0] + k, offset[1] + n
+        matrix = RandomMatrix(rows, cols, seed=7, family=family, scale=k**-0.5)[offset[0] :, offset[1] :].T
+    bank_dtype = dtype if narrow else torch.float32
+
+    def make(shape):
+        value = normals(shape, g, bank_dtype)
+        return laid_out(value, layout) if value.ndim else value
+
+    x, dy = laid_out(normals((*lead, k), g, dtype), layout), laid_out(normals((*lead, n), g, dtype), layout)
+    named = arguments(kind, lead, matrix, make, g)
+    before = {name: value.clone() for name, value in named.items() if isinstance(value, torch.Tensor)}
+    want = Expected(x, matrix, named, dy)
+    y, grads = run(x, matrix, named, dy)
+    want.check(y)
+    want.check_grads(grads)
+    assert all(torch.equal(named[name], value) for name, value in before.items())  # inputs are left alone
+
+
+def test_a_lazily_negated_input(backend_once):
+    """The imaginary part of a conjugate is a view whose sign is kept in a bit of the tensor."""
+    g = generator(1)
+    matrix = exact_matrix("uniform", 9, 6)
+    z = torch.complex(integers((3, 6), 3, g), integers((3, 6), 3, g))
+    x = z.conj().imag
+    assert x.is_neg()
+    want = modulated(x.double(), stored_weights(matrix), in_gain=x[0].double())
+    assert torch.equal(modulated_linear(x, matrix, in_gain=x[0]).double(), want)
+
+
+def test_meta_tensors_have_shapes_only():
+    """As every operator of PyTorch: what builds models without memory asks for shapes."""
+    matrix = RandomMatrix(2**18, 2**18, seed=1)
+    x = torch.empty(2, 3, 2**18, device="meta", dtype=torch.bfloat16)
+    y = modulated_linear(x, matrix, in_gain=torch.empty(2**18, device="meta"))
+    assert y.device.type == "meta" and y.shape == (2, 3, 2**18) and y.dtype == torch.bfloat16
+
+
+def test_float64_is_held_in_float64():
+    """The reference computes float64 throughout; no other backend claims to."""
+    matrix = RandomMatrix(30, 200, seed=1, family="normal")
+    for kind in KINDS:
+        g = generator(2)
+        named = arguments(kind, (6,), matrix, partial(normals, generator=g, dtype=torch.float64), g)
+        x, dy = normals((6, 200), g, torch.float64), normals((6, 30), g, torch.float64)
+        want = Expected(x, matrix, named, dy)
+        y, grads = run(x, matrix, named, dy)
+        want.check(y)
+        want.check_grads(grads)
+
+
+def before_a_forbidden_page(value):
+    """The same values, ending where the next byte may not be read: to read on ends the process."""
+    size = value.numel() * value.itemsize
+    pages = -(-size // mmap.PAGESIZE) + 1
+    area = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    end = (pages - 1) * mmap.PAGESIZE
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(address + end), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    inside = torch.frombuffer(area, dtype=value.dtype, count=value.numel(), offset=end - size)
+    return inside.view(value.shape).copy_(value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_read_behind_the_end(backend, dtype):
+    for rows, k, n in ((1, 1, 1), (1, 37, 3), (2, 130, 33), (5, 77, 70), (37, 65, 19)):
+        g = generator(rows)
+        matrix = exact_matrix("uniform", n, k, -10)
+
+        def make(shape, g=g):
+            return before_a_forbidden_page(integers(shape, 1, g))
+
+        x, dy = (before_a_forbidden_page(integers((rows, size), 1, g, dtype)) for size in (k, n))
+        named = arguments("banks", (rows,), matrix, make, g)
+        named["context"] = before_a_forbidden_page(named["context"])
+        want = Expected(x, matrix, named, dy)
+        y, grads = run(x, matrix, named, dy)
+        same_bits(y, want.y)
+        same_bits(grads["x"], want.grads["x"])
+
+
+# Manners
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_autocast_gives_the_dtype_of_a_linear_layer(backend_once, dtype):
+    if backend_once == "cpu" and dtype == torch.float64:
+        pytest.skip("the cpu backend does not compute float64")
+    matrix = RandomMatrix(7, 12, seed=3)
+    x = normals((5, 12), generator(1), dtype).requires_grad_()
+    gain = normals((12,), generator(2), dtype).requires_grad_()
+    weights = matrix.materialize(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = functional.linear(x, weights)
+        y = modulated_linear(x, matrix, in_gain=gain)
+        with torch.autocast("cpu", enabled=False):
+            assert modulated_linear(x, matrix).dtype == dtype
+    assert y.dtype == want.dtype
+    grads = torch.autograd.grad(y, (x, gain), torch.ones_like(y))
+    assert [grad.dtype for grad in grads] == [dtype, dtype]
+    if dtype == torch.float32:
+        assert torch.equal(y, modulated_linear(x.bfloat16(), matrix, in_gain=gain))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+def test_nan_reaches_its_own_row_and_context_only(backend, rows):
+    g = generator(rows)
+    matrix = exact_matrix("normal", 19, 45)
+    nan = float("nan")
+    x, dy = integers((rows, 45), 1, g), integers((rows, 19), 1, g)
+    bank = integers((T, 45), 1, g)
+    context = torch.arange(rows) % T
+
+    def outputs(x, bank, dy):
+        y, grads = run(x, matrix, {"in_gain": bank, "context": context}, dy)
+        return y, grads["x"], grads["in_gain"]
+
+    def expect(found, poisoned_rows, clean):
+        assert found[poisoned_rows].isnan().all()
+        assert torch.equal(found[~poisoned_rows], clean[~poisoned_rows])
+
+    clean = outputs(x, bank, dy)
+    row, contexts = torch.arange(rows) == rows // 2, torch.arange(T) == (rows // 2) % T
+    hurt = x.clone()
+    hurt[rows // 2, 7] = nan
+    y, dx, d_bank = outputs(hurt, bank, dy)
+    expect(y, row, clean[0])
+    assert torch.equal(dx, clean[1])  # the derivative in x does not depend on x
+    assert d_bank[contexts, 7].isnan().all() and d_bank.isnan().sum() == 1
+    hurt = dy.clone()
+    hurt[rows // 2, 3] = nan
+    y, dx, d_bank = outputs(x, bank, hurt)
+    assert torch.equal(y, clean[0])
+    expect(dx, row, clean[1])
+    expect(d_bank, contexts, clean[2])
+    hurt = bank.clone()
+    hurt[contexts, 7] = nan
+    y, dx, _ = outputs(x, hurt, dy)
+    expect(y, context == (rows // 2) % T, clean[0])
+    assert dx[:, 7].isnan().equal(context == (rows // 2) % T) and dx.isnan().sum() == dx[:, 7].isnan().sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+def test_an_infinity_gives_what_stored_weights_give(backend, rows, dtype):
+    matrix = exact_matrix("uniform", 19, 45)  # no weight is zero, so no NaN comes of it
+    x = integers((rows, 45), 1, generator(rows), dtype)
+    x[rows // 2, 11] = float("-inf")
+    want = (x.double() @ matrix.materialize(torch.float64).T).to(dtype)
+    assert want.isinf().sum() == 19 and not want.isnan().any()
+    assert torch.equal(modulated_linear(x, matrix), want)
+
+
+def test_no_global_random_state_is_moved(backend):
+    """Neither by a call nor by its derivatives. (A fixture holds every test of the suite to it.)"""
+    g = generator(0)
+    matrix = RandomMatrix(40, 50, seed=1)
+    x, dy = normals((6, 50), g), normals((6, 40), g)
+    named = arguments("vectors", (6,), matrix, partial(normals, generator=g), g)
+    before = torch.get_rng_state(), random.getstate()
+    run(x, matrix, named, dy)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
