@@ -286,6 +286,12 @@ def test_use_backend_comes_before_the_environment(monkeypatch):
     assert forced() is None
 
 
+def test_explain_and_calls_agree_when_the_environment_changes(monkeypatch):
+    selection.select("uniform", torch.float32, "cpu")  # a choice made before
+    monkeypatch.setenv("NMKERN_BACKEND", "reference")
+    assert explain(DENSE).backend == selection.select("uniform", torch.float32, "cpu")
+
+
 @needs_cpu
 def test_the_instruction_set_from_the_environment(run_python):
     script = (

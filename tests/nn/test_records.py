@@ -314,6 +314,19 @@ def test_a_garbled_record(name, garbage):
     refused(BUILDERS[name](), state, "")
 
 
+def test_a_record_of_more_contexts_than_the_checkpoint_holds():
+    """Refused by a look at the keys: no work and no message that grow with what the record claims."""
+    state = trained("layer").state_dict()
+    key, record = record_of(state)
+    state[key] = encoded({**record, "contexts": 10**6})
+    model = layer()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError) as raised:
+        load(model, state)
+    assert len(str(raised.value)) < 10_000
+    assert unchanged(model, before)
+
+
 def test_torchs_own_load_refuses_another_matrix_too():
     """A plain parent's own load_state_dict is not all or nothing, but no wrong matrix passes."""
     with pytest.raises(RuntimeError, match="made with another matrix"):

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against stored weights, measured in one process behind an equality check."""
