@@ -58,6 +58,12 @@ def modulated_linear(
     checks.check_matrix("matrix", matrix, dense=True)
     checks.check_input(x, matrix)
     x, cast = checks.autocast(x)
+    backend = selection.select(matrix.family, x.dtype, x.device.type)
+    rows = x if x.ndim == 2 else x.reshape(-1, matrix.cols)
+    args = primitives.dense_args(matrix)
+    if in_gain is out_gain is bias is context is strength is None:
+        y = _OPERATORS[backend].matmul(rows, None, None, None, None, *args)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], matrix.rows)
     banks, selector, factor = modulate(
         x,
         matrix,
@@ -69,18 +75,16 @@ def modulated_linear(
         fold_into="out_gain" if in_gain is None and out_gain is not None else "in_gain",
         cast=cast,
     )
-    backend = selection.select(matrix.family, x.dtype, x.device.type)
-    *args, _ = primitives.dense_args(matrix)
     y = _OPERATORS[backend].matmul(
-        x.reshape(-1, matrix.cols),
+        rows,
         banks["in_gain"],
         banks["out_gain"],
         banks["bias"],
         selector,
-        *args,
+        *args[:-1],
         factor,
     )
-    return y.reshape(*x.shape[:-1], matrix.rows)
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], matrix.rows)
 
 
 def _transpose(matrix: tuple) -> tuple:

@@ -159,6 +159,28 @@ def test_vmap_over_contexts_banks_and_their_gradients(backend_once):
     assert torch.equal(per_example, torch.stack([grad(bank, a, c) for a, c in zip(x, context, strict=True)]))
 
 
+def test_vmap_of_the_primitives_over_any_dimension(backend_once):
+    """Called as they are registered; through the operators the mapped dimension always comes first."""
+    g = generator(3)
+    dense, sparse = exact_matrix("uniform", 3, 5), RandomMatrix(3, 5, seed=1, family="sparse", fan_in=2)
+    x, other = integers((4, 5, 2), 2, g), integers((4, 3, 2), 2, g)
+    bank, context = integers((T, 2, 5), 2, g), torch.randint(T, (4, 2), generator=g)
+    matmul, gain_grad, sparse_matmul = (
+        primitives.overload(backend_once, name)
+        for name in ("modulated_matmul", "modulated_matmul_gain_grad", "sparse_matmul")
+    )
+    calls = (
+        lambda x, b, c, o: (matmul(x, b, None, None, c, *primitives.dense_args(dense)),),
+        lambda x, b, c, o: gain_grad(x, b, None, o, c, T, True, *primitives.dense_args(dense)),
+        lambda x, b, c, o: (sparse_matmul(x, *primitives.sparse_args(sparse)),),
+    )
+    for call in calls:
+        found = torch.func.vmap(call, (2, 1, 1, 2))(x, bank, context, other)
+        one_by_one = [call(x[..., i], bank[:, i], context[:, i], other[..., i]) for i in range(2)]
+        want = [torch.stack(parts) for parts in zip(*one_by_one, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 # Tracing
 
 
