@@ -18,7 +18,7 @@ from nmkern.matrix import RandomMatrix
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 _forced: str | None = None
-_choices: dict[tuple[str, torch.dtype, str], str] = {}
+_choices: dict[tuple[str, torch.dtype, str, str | None], str] = {}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
 
     torch.compile runs it while tracing and keeps the answer: a graph keeps its backend.
     """
-    key = (family, dtype, device)
+    key = (family, dtype, device, environment.read("NMKERN_BACKEND"))
     if key not in _choices:
         chosen, refused = _refusals(family, dtype, device)
         if chosen is None:

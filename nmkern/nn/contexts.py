@@ -115,6 +115,13 @@ class ContextLayer(MatrixModule, ContextModule):
                 f"this model has {len(self.contexts)}"
             )
 
+    def check_keys(self, name: str, record: dict[str, Any], keys: list[str]) -> None:
+        held = {key.split(".")[1] for key in keys if key.startswith("contexts.")}
+        if record["contexts"] > max(len(self.contexts), len(held)):
+            raise RuntimeError(
+                f"{name}: the checkpoint's record is of {record['contexts']} contexts, it holds {len(held)}"
+            )
+
     def expected_shapes(self, record: dict[str, Any]) -> dict[str, torch.Size]:
         first = self.contexts[0].state_dict()
         return {

@@ -46,6 +46,9 @@ class MatrixModule(nn.Module):
             )
             raise RuntimeError(f"{name}: the checkpoint was made with another matrix: {told}")
 
+    def check_keys(self, name: str, record: dict[str, Any], keys: list[str]) -> None:
+        """RuntimeError where the record claims more than the checkpoint's tensors ``keys`` hold."""
+
     def expected_shapes(self, record: dict[str, Any]) -> dict[str, torch.Size]:
         """Tensors that this module will have once the record is applied and has not yet."""
         return {}
@@ -59,6 +62,9 @@ class MatrixModule(nn.Module):
             record = json.loads(bytes(state_dict[prefix + RECORD_KEY].tolist()))
             self.check_form(record)
             self.check_record(name, record)
+            self.check_keys(
+                name, record, [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RuntimeError(f"{name}: the checkpoint's record cannot be read: {error!r}") from error
         return record

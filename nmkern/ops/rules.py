@@ -8,11 +8,16 @@ One set of rules serves three ways in, because none serves all callers well:
 - one without, for everyday eager mode (9 us); where nothing needs a gradient, no Function at all.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# vmap is set while a rule runs that the dispatcher entered: what it calls must go through the dispatcher
+# as well, since a Function cannot be applied half way through a transform.
+_dispatched = threading.local()
 
 
 def differentiable(
@@ -24,8 +29,16 @@ def differentiable(
     vmap: Callable,
 ) -> Callable[..., Any]:
     """Register the rules of ``op``; the result calls it by the way that the moment needs."""
+
+    def registered_vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
+        before, _dispatched.vmap = getattr(_dispatched, "vmap", False), True
+        try:
+            return vmap(info, in_dims, *args)
+        finally:
+            _dispatched.vmap = before
+
     torch.library.register_fake(op, fake)
-    torch.library.register_vmap(op, vmap)
+    torch.library.register_vmap(op, registered_vmap)
     torch.library.register_autograd(op, backward, setup_context=setup_context)
 
     def below_autograd(*args: Any) -> Any:
@@ -56,6 +69,8 @@ def differentiable(
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
+            return op(*args)
+        if getattr(_dispatched, "vmap", False):
             return op(*args)
         if torch._C._functorch.maybe_current_level() is not None:
             return functional.apply(*args)
