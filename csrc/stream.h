@@ -65,7 +65,7 @@ constexpr uint8_t kNormal[128] = {
     132, 135, 138, 141, 144, 148, 152, 156, 161, 166, 172, 179, 188, 199, 215, 252,
 };
 
-NMKERN_HD int decode(Family family, uint32_t field) {
+NMKERN_HD constexpr int decode(Family family, uint32_t field) {
   if (family == Family::rademacher) return 2 * int(field) - 1;
   if (family == Family::uniform) return 2 * int(field) - 15;
   return field >= 128 ? int(kNormal[field - 128]) : -int(kNormal[127 - field]);

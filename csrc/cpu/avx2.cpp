@@ -90,9 +90,8 @@ struct Avx2 {
       const U bit = _mm256_and_si256(_mm256_slli_epi32(word, 31 - Field), set1(0x80000000));
       return _mm256_castsi256_ps(xor2(bit, set1(0xBF800000)));
     } else {
-      static const NormalFloats table;
       const U index = _mm256_and_si256(_mm256_srli_epi32(word, 8 * Field), set1(255));
-      return _mm256_i32gather_ps(table.code, index, 4);
+      return _mm256_i32gather_ps(kNormalFloats.code, index, 4);
     }
   }
 };

@@ -101,13 +101,12 @@ struct Avx512 {
   using Prepared = std::conditional_t<Fam == Family::normal, Bytes, U>;
 
   static NMKERN_INLINE Bytes normal_bytes(U word) {
-    static const NormalBytes table;
     const __mmask64 positive = _mm512_movepi8_mask(word);
     const U index = _mm512_mask_blend_epi8(positive, xor2(word, _mm512_set1_epi8(-1)), word);
-    const U high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), index,
-                                            _mm512_load_si512(table.high + 64));
-    const U low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), index,
-                                           _mm512_load_si512(table.low + 64));
+    const U high = _mm512_permutex2var_epi8(_mm512_load_si512(kNormalBytes.high), index,
+                                            _mm512_load_si512(kNormalBytes.high + 64));
+    const U low = _mm512_permutex2var_epi8(_mm512_load_si512(kNormalBytes.low), index,
+                                           _mm512_load_si512(kNormalBytes.low + 64));
     // high | (~word & 0x80)
     return {_mm512_ternarylogic_epi32(high, word, _mm512_set1_epi8(-128), 0xF2), low};
   }
@@ -139,17 +138,13 @@ struct Avx512 {
           _mm512_ternarylogic_epi32(bit, set1(0x80000000), set1(0xBF800000), 0x6A));
     } else {
 #if defined(__AVX512VBMI__)
-      // Bytes 2 and 3 of a float32 are those of its bfloat16: (low, high) of byte Field.
-      const U select = _mm512_add_epi32(
-          set1(uint32_t(Field) << 16 | uint32_t(64 + Field) << 24),
-          _mm512_mullo_epi32(set1(0x04040000),
-                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+      // Bytes 2 and 3 of a float32 are those of its bfloat16.
+      const U select = _mm512_load_si512(kNormalSelect.to_float[Field]);
       return _mm512_castsi512_ps(
           _mm512_maskz_permutex2var_epi8(0xCCCCCCCCCCCCCCCC, word.low, select, word.high));
 #else
-      static const NormalFloats table;
       const U index = _mm512_and_si512(_mm512_srli_epi32(word, 8 * Field), set1(255));
-      return _mm512_i32gather_ps(index, table.code, 4);
+      return _mm512_i32gather_ps(index, kNormalFloats.code, 4);
 #endif
     }
   }

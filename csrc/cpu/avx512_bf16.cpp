@@ -36,11 +36,7 @@ struct Bf16Codec {
       const U bit = _mm512_slli_epi16(word, 15 - Field);
       return _mm512_ternarylogic_epi32(bit, Avx512::set1(0x80008000), Avx512::set1(0xBF80BF80), 0x6A);
     } else {
-      const U select = _mm512_add_epi32(
-          Avx512::set1(uint32_t(Field) | uint32_t(64 + Field) << 8 | uint32_t(Field + 2) << 16 |
-                       uint32_t(66 + Field) << 24),
-          _mm512_mullo_epi32(Avx512::set1(0x04040404),
-                             _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+      const U select = _mm512_load_si512(kNormalSelect.to_pair[Field]);
       return _mm512_permutex2var_epi8(word.low, select, word.high);
     }
   }

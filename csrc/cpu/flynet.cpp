@@ -66,12 +66,11 @@ struct Sweep {
     encoder.x = net.x;
     draw_columns(encoder, runtime, 0, groups, columns);
     std::fill_n(counts, net.inputs + 1, 0.0f);
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint32_t* drawn = group_columns(g);
-      for (int64_t i = 0; i < kSparseRows * net.fan_in; ++i) {
-        const int64_t unit = i / (k.lanes * net.fan_in) * k.lanes + i % k.lanes;
-        if (unit < units(g)) counts[drawn[i]] += 1;
-      }
+    for (int64_t first = 0; first < net.hidden; first += k.lanes) {
+      const uint32_t* drawn = columns + first * net.fan_in;
+      const int64_t lanes = std::min<int64_t>(k.lanes, net.hidden - first);
+      for (int64_t s = 0; s < net.fan_in; ++s, drawn += k.lanes)
+        for (int64_t lane = 0; lane < lanes; ++lane) counts[drawn[lane]] += 1;
     }
     parallel_for(runtime, blocks, grain(2 * block_floats), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

@@ -1,4 +1,6 @@
 // Kernels for any CPU: GCC and Clang vector extensions of 16 bytes, which become SSE2, NEON or scalars.
+#include <cstring>
+
 #include "codec.h"
 #include "hash.h"
 #include "tables.h"
@@ -80,8 +82,8 @@ struct Portable {
     const U field = (word >> (32 / columns_per_word(Fam) * Field)) &
                     ((1u << (32 / columns_per_word(Fam))) - 1);
     if constexpr (Fam == Family::normal) {
-      static const NormalFloats table;
-      return F{table.code[field[0]], table.code[field[1]], table.code[field[2]], table.code[field[3]]};
+      const float* code = kNormalFloats.code;
+      return F{code[field[0]], code[field[1]], code[field[2]], code[field[3]]};
     } else {
       typedef int32_t I __attribute__((vector_size(16)));
       const I code = 2 * (I)field - (Fam == Family::uniform ? 15 : 1);
