@@ -86,9 +86,9 @@ struct Kernels {
   FlyKernels fly;
 };
 
-// The chosen instruction set, and all that this build and this CPU have, best first.
+// The kernels in use: the best that this build and this CPU have, or those set by name.
 const Kernels& kernels();
-bool set_kernels(const char* name);
+bool set_kernels(const char* name);  // false where there are none of that name
 
 // One per instruction set; nullptr where the build has none.
 const Kernels* avx512_bf16_kernels();
