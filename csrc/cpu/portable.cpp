@@ -20,6 +20,8 @@ struct Portable {
   using Prepared = U;
   static constexpr int lanes = 4;
   static constexpr int max_block = 2;
+  static constexpr int fused_block = 2;
+  static constexpr int unrolled_chunks = 2;
 
   static NMKERN_INLINE V set1(uint32_t v) { return V{v, v}; }
   static NMKERN_INLINE V xor2(V a, V b) { return a ^ b; }
