@@ -126,8 +126,8 @@ class Report:
 
     def measure(
         self, case: Case, ours: Call, rivals: Mapping[str, Call], error: float, seconds: float, calls: int = 1
-    ) -> None:
-        """Time ``ours`` against ``rivals`` (a call being ``calls`` of them) and write the row."""
+    ) -> dict[str, float]:
+        """Time ``ours`` against ``rivals`` (a call being ``calls`` of them), write the row, return the ratios."""
         peak = peak_bytes(ours)
         variants = {"ours": ours, **rivals}
         timings = interleave({name: repeated(call, calls) for name, call in variants.items()}, seconds)
@@ -154,3 +154,4 @@ class Report:
         goal = "" if case.target is None else f"  (target {case.target:g})"
         shape = f"{case.name:<22} M={case.m:<5} {case.k} -> {case.n} {case.dtype} {case.family}"
         print(f"{shape:<70} {1e3 * ours_median:9.3f} ms   {told}{goal}", flush=True)
+        return ratios

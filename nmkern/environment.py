@@ -3,6 +3,7 @@
 None of them can change a weight. ``nmkern info`` prints this table.
 """
 
+import functools
 import os
 
 VARIABLES = {
@@ -11,7 +12,12 @@ VARIABLES = {
 }
 
 
+@functools.cache
 def read(name: str) -> str | None:
-    """The value of a variable of ``VARIABLES``; None where unset or empty."""
+    """The value of a variable of ``VARIABLES``; None where unset or empty.
+
+    It is read once: a later change of the variable changes nothing (asking the system each time was an
+    eighth of a small call).
+    """
     assert name in VARIABLES, name
     return os.environ.get(name) or None

@@ -140,7 +140,7 @@ struct Avx2 {
 };
 
 void run(const Tile& t) { run_family<Avx2, FloatCodec<Avx2>::Of>(t); }
-constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, false, tile_bytes<Avx2>(), run, decode_family<Avx2, FloatCodec<Avx2>::Of>, sparse_kernels<Avx2>(), fly_kernels<Avx2>()};
+constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, Avx2::fused_block, false, tile_bytes<Avx2>(), run, decode_family<Avx2, FloatCodec<Avx2>::Of>, sparse_kernels<Avx2>(), fly_kernels<Avx2>()};
 }  // namespace
 const Kernels* avx2_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

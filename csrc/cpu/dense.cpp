@@ -59,6 +59,7 @@ struct Launch {
   int64_t elements() const { return reduction_words * unit; }  // of a packed row
   int64_t steps() const { return elements() / (bf16 ? 2 : 1); }
   int64_t packed_row_bytes() const { return steps() * 4; }
+  int64_t tile_bytes() const { return call.batch <= k.fused_block ? 0 : k.scratch_bytes; }
   int64_t sums_floats(int64_t rows) const { return rows * vectors * k.lanes; }
 
   const float* bank(const Bank& bank, int64_t m, int64_t features) const {
@@ -140,7 +141,7 @@ struct Launch {
 
   // Rows [m0, m0 + rows) of tile number `tile`; x is packed from m0 on.
   void run_tile(int64_t tile, int64_t m0, int64_t rows, const void* x, char* scratch) const {
-    auto* sums = reinterpret_cast<float*>(scratch + k.scratch_bytes);
+    auto* sums = reinterpret_cast<float*>(scratch + tile_bytes());
     auto* row = sums + sums_floats(rows);
     Tile t;
     t.family = call.family;
@@ -195,7 +196,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
       launch.packed_as_is() ? call.x.data
                             : runtime.allocate(runtime.self, launch.packed_row_bytes() * chunk));
   const int64_t scratch_bytes =
-      (k.scratch_bytes + 4 * (launch.sums_floats(part) + 2 * launch.tile_outputs()) + 63) / 64 * 64;
+      (launch.tile_bytes() + 4 * (launch.sums_floats(part) + 2 * launch.tile_outputs()) + 63) / 64 * 64;
   char* scratch =
       static_cast<char*>(runtime.allocate(runtime.self, scratch_bytes * runtime.threads));
 

@@ -77,7 +77,8 @@ struct Kernels {
   const char* name;
   int lanes;
   int max_block;  // rows of x for which a micro-kernel has registers beside four vectors of weights
-  bool bf16;      // has bfloat16 dot products
+  int fused_block;  // rows of x up to which no tile is decoded, so that Tile::scratch is not used
+  bool bf16;        // has bfloat16 dot products
   int64_t scratch_bytes;
   void (*run)(const Tile& tile);
   // The weights of a forward tile as floats: [reduction_words * P][kVectors][lanes].

@@ -95,7 +95,7 @@ struct Portable {
 };
 
 void run(const Tile& t) { run_family<Portable, FloatCodec<Portable>::Of>(t); }
-constexpr Kernels kKernels{"portable", Portable::lanes, Portable::max_block, false,
+constexpr Kernels kKernels{"portable", Portable::lanes, Portable::max_block, Portable::fused_block, false,
                            tile_bytes<Portable>(), run, decode_family<Portable, FloatCodec<Portable>::Of>, sparse_kernels<Portable>(), fly_kernels<Portable>()};
 }  // namespace
 const Kernels* portable_kernels() { return &kKernels; }

@@ -18,7 +18,7 @@ from nmkern.matrix import RandomMatrix
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 _forced: str | None = None
-_choices: dict[tuple[str, torch.dtype, str, str | None], str] = {}
+_choices: dict[tuple[str, torch.dtype, str], str] = {}
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,14 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
 
     torch.compile runs it while tracing and keeps the answer: a graph keeps its backend.
     """
-    key = (family, dtype, device, environment.read("NMKERN_BACKEND"))
-    if key not in _choices:
-        chosen, refused = _refusals(family, dtype, device)
-        if chosen is None:
+    key = (family, dtype, device)
+    known = _choices.get(key)
+    if known is None:
+        known, refused = _refusals(family, dtype, device)
+        if known is None:
             raise _no_backend(refused)
-        _choices[key] = chosen
-    return _choices[key]
+        _choices[key] = known
+    return known
 
 
 # What torch.compiler.assume_constant_result sets; calling it here would import the whole compiler.

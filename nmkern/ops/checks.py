@@ -43,6 +43,8 @@ def check_input(x: Tensor, matrix: RandomMatrix) -> None:
 
 def autocast(x: Tensor) -> tuple[Tensor, bool]:
     """x as an enabled torch.autocast wants it for a linear layer, and whether one is enabled."""
+    if not torch._C._is_any_autocast_enabled():
+        return x, False
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return x, False
@@ -95,6 +97,8 @@ def normalize_bank(
     if not isinstance(bank, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(bank).__name__}")
     wide = primitives.sum_dtype(x.dtype)
+    if bank.ndim == 1 and bank.dtype == wide and bank.shape[0] == features and bank.device == x.device:
+        return bank.unsqueeze(0)  # the common case: one vector for the whole batch
     if bank.dtype not in (_DTYPES if cast else (x.dtype, wide)):
         want = _name(x.dtype) if x.dtype == wide else f"{_name(x.dtype)} or {_name(wide)}"
         raise TypeError(f"{name}: expected {want} for x of {_name(x.dtype)}, got {_name(bank.dtype)}")
@@ -105,7 +109,7 @@ def normalize_bank(
     if bank.ndim == 0 or bank.shape[-1] != features:
         raise ValueError(f"{name}: expected [..., {features}], got shape {shape}")
     if bank.ndim == 1:
-        bank = bank[None]
+        bank = bank.unsqueeze(0)
     elif context is not None:
         if bank.ndim != 2 or bank.shape[0] == 0:
             raise ValueError(

@@ -74,6 +74,7 @@ class _Operators:
     def __init__(self, backend: str) -> None:
         self.logits = differentiable(
             primitives.overload(backend, "flynet_logits"),
+            tensors=3,
             fake=self.fake_logits,
             setup_context=self.setup_logits,
             backward=self.backward_logits,
@@ -81,6 +82,7 @@ class _Operators:
         )
         self.gain_grad = differentiable(
             primitives.overload(backend, "flynet_gain_grad"),
+            tensors=3,
             fake=self.fake_gain_grad,
             setup_context=self.setup_gain_grad,
             backward=self.backward_gain_grad,

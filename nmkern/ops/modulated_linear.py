@@ -103,6 +103,7 @@ class _Operators:
     def __init__(self, backend: str) -> None:
         self.matmul = differentiable(
             primitives.overload(backend, "modulated_matmul"),
+            tensors=5,
             fake=self.fake_matmul,
             setup_context=self.setup_matmul,
             backward=self.backward_matmul,
@@ -110,6 +111,7 @@ class _Operators:
         )
         self.gain_grad = differentiable(
             primitives.overload(backend, "modulated_matmul_gain_grad"),
+            tensors=5,
             fake=self.fake_gain_grad,
             setup_context=self.setup_gain_grad,
             backward=self.backward_gain_grad,

@@ -23,12 +23,16 @@ _dispatched = threading.local()
 def differentiable(
     op: torch._ops.OpOverload,
     *,
+    tensors: int,
     fake: Callable,
     setup_context: Callable,
     backward: Callable,
     vmap: Callable,
 ) -> Callable[..., Any]:
-    """Register the rules of ``op``; the result calls it by the way that the moment needs."""
+    """Register the rules of ``op``; the result calls it by the way that the moment needs.
+
+    The first ``tensors`` arguments are tensors or None; no later one has a gradient.
+    """
 
     def registered_vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
         before, _dispatched.vmap = getattr(_dispatched, "vmap", False), True
@@ -74,8 +78,10 @@ def differentiable(
             return op(*args)
         if torch._C._functorch.maybe_current_level() is not None:
             return functional.apply(*args)
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            return eager.apply(*args)
+        if torch.is_grad_enabled():
+            for arg in args[:tensors]:  # all of them, in any(), cost 4 of 11 microseconds
+                if arg is not None and arg.requires_grad:
+                    return eager.apply(*args)
         return below_autograd(*args)
 
     return call

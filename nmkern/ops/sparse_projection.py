@@ -39,6 +39,7 @@ class _Operator:
     def __init__(self, backend: str) -> None:
         self.matmul = differentiable(
             primitives.overload(backend, "sparse_matmul"),
+            tensors=1,
             fake=self.fake,
             setup_context=self.setup_context,
             backward=self.backward,

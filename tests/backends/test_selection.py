@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nmkern import RandomMatrix, explain, modulated_linear, sparse_project, use_backend
+from nmkern import RandomMatrix, environment, explain, modulated_linear, sparse_project, use_backend
 from nmkern.backends import cpu, reference, selection
 
 DENSE = RandomMatrix(6, 4, seed=1)
@@ -22,6 +22,9 @@ def free_choice(monkeypatch):
     """These tests choose for themselves, whatever the environment of the run forces."""
     monkeypatch.delenv("NMKERN_BACKEND", raising=False)
     monkeypatch.setattr(selection, "_choices", {})
+    environment.read.cache_clear()
+    yield
+    environment.read.cache_clear()
 
 
 def compiler():
@@ -278,11 +281,13 @@ def test_environment_variables(run_python):
 
 def test_use_backend_comes_before_the_environment(monkeypatch):
     monkeypatch.setenv("NMKERN_BACKEND", "reference")
+    environment.read.cache_clear()
     assert forced() == "reference"
     with use_backend("cpu"):
         assert forced() == "cpu"
     assert forced() == "reference"
     monkeypatch.setenv("NMKERN_BACKEND", "")
+    environment.read.cache_clear()
     assert forced() is None
 
 
