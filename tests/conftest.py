@@ -19,6 +19,11 @@ from hypothesis import HealthCheck, settings
 import nmkern
 from nmkern.backends import cpu
 
+# Without a GPU the Triton kernels run under Triton's interpreter. Triton reads this when it is imported,
+# which nothing above does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Derandomised: a failure on one machine is a failure on all. The backend fixture is the same for all
 # examples of a test, so that its scope is no hazard.
 settings.register_profile(
