@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import nmkern
-from nmkern.backends import cpu
+from nmkern.backends import cpu, triton
 
 # Without a GPU the Triton kernels run under Triton's interpreter. Triton reads this when it is imported,
 # which nothing above does.
@@ -42,26 +42,32 @@ settings.load_profile("nmkern")
 
 torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads set their own count
 
-BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS))
+BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS), "triton")
+DENSE_ONLY = ("triton",)  # backends without kernels for the sparse family and FlyNet
+_NOT_DENSE = ("test_sparse_projection", "test_flynet")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Forces a backend and, for cpu, an instruction set; the name of the backend."""
-    with _forced(request.param) as name:
+    with _forced(request) as name:
         yield name
 
 
-@pytest.fixture(params=("reference", "cpu"))
+@pytest.fixture(params=("reference", "cpu", "triton"))
 def backend_once(request):
     """As ``backend``, with the cpu's own choice of instruction set: for what kernels do not influence."""
-    with _forced(request.param) as name:
+    with _forced(request) as name:
         yield name
 
 
 @contextlib.contextmanager
-def _forced(backend_and_isa):
-    name, _, isa = backend_and_isa.partition("-")
+def _forced(request):
+    name, _, isa = request.param.partition("-")
+    if name in DENSE_ONLY and request.module.__name__.rpartition(".")[2] in _NOT_DENSE:
+        pytest.skip(f"{name} has dense kernels only")
+    if name == "triton" and (reason := triton.refusal("uniform", torch.float32, "cpu")):
+        pytest.skip(f"triton: {reason}")
     if name != "cpu":
         with nmkern.use_backend(name):
             yield name
