@@ -5,6 +5,7 @@ of the cpu backend, unchanged. Where one cannot run, the test is skipped with th
 """
 
 import contextlib
+import itertools
 import os
 import random
 import subprocess
@@ -44,7 +45,7 @@ torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads s
 
 BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS), "triton")
 DENSE_ONLY = ("triton",)  # backends without kernels for the sparse family and FlyNet
-_NOT_DENSE = ("test_sparse_projection", "test_flynet")
+_NOT_DENSE = ("sparse", "flynet")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -54,7 +55,7 @@ def backend(request):
         yield name
 
 
-@pytest.fixture(params=("reference", "cpu", "triton"))
+@pytest.fixture(params=("reference", "cpu"))
 def backend_once(request):
     """As ``backend``, with the cpu's own choice of instruction set: for what kernels do not influence."""
     with _forced(request) as name:
@@ -64,7 +65,7 @@ def backend_once(request):
 @contextlib.contextmanager
 def _forced(request):
     name, _, isa = request.param.partition("-")
-    if name in DENSE_ONLY and request.module.__name__.rpartition(".")[2] in _NOT_DENSE:
+    if name in DENSE_ONLY and any(word in request.node.nodeid for word in _NOT_DENSE):
         pytest.skip(f"{name} has dense kernels only")
     if name == "triton" and (reason := triton.refusal("uniform", torch.float32, "cpu")):
         pytest.skip(f"triton: {reason}")
@@ -85,6 +86,29 @@ def _forced(request):
             yield name
     finally:
         cpu.set_isa(before)
+
+
+@pytest.fixture
+def few(backend):
+    """A function that thins out the cases of a test for Triton's interpreter: ``few(cases, one_in)``.
+
+    A call takes 0.1 s there, most of it Python, where other backends take microseconds. What is left
+    still has every kind of argument, by ``start``.
+    """
+    interpreted = backend == "triton"
+
+    def thin(cases, one_in, start=0):
+        cases = list(cases)
+        return cases[start % one_in :: one_in] if interpreted else cases
+
+    return thin
+
+
+@pytest.fixture
+def passed_over(backend):
+    """As ``few``, for examples that hypothesis draws: whether to leave one out, all but one in ``one_in``."""
+    drawn = itertools.count()
+    return lambda one_in: backend == "triton" and next(drawn) % one_in > 0
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ BR is fixed by family and orientation, and the split by shapes, so that no choic
 on a machine, changes the order of a sum. (A row of the batch is summed alike whatever its BM.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Tile:
     fields: int = 4
 
 
-# Reduction indices of a step: four words of each row, or (transposed) four patches: 16 is the least
-# that a tensor-core instruction takes; more, and the weights of a step do not stay in registers.
+# Reduction indices of a step: four words of each row, or (transposed) eight patches. More, and the weights
+# of a step no longer stay in registers.
 REDUCTION = {
     0x101: {False: 128, True: 32},
     0x102: {False: 32, True: 32},
@@ -27,25 +27,21 @@ REDUCTION = {
 }
 
 # By the size of the batch, up to and with. The accumulators take outputs * batch / (32 * warps) registers:
-# 32, 64, 64 and 128. A small batch takes the most outputs, since x is loaded for each tile again.
-_FORWARD = {
-    16: Tile(outputs=256, batch=16, warps=4),
-    32: Tile(outputs=256, batch=32, warps=4),
-    64: Tile(outputs=128, batch=64, warps=4),
-    None: Tile(outputs=256, batch=128, warps=8),
-}
-_TRANSPOSED = {
-    16: Tile(outputs=256, batch=16, warps=4, fields=8),
-    32: Tile(outputs=256, batch=32, warps=4, fields=8),
-    64: Tile(outputs=128, batch=64, warps=4, fields=4),
-    None: Tile(outputs=256, batch=128, warps=8, fields=4),
-}
+# 32, 32 and 64; at 128 (a batch of 128) variants spilled on sm_80 and sm_90 alike. A program takes the
+# most outputs it can, since each tile loads x again.
+_SMALL, _MIDDLE = Tile(outputs=256, batch=16, warps=4), Tile(outputs=256, batch=32, warps=8)
+_LARGE = Tile(outputs=256, batch=64, warps=8)
 
 
-def tile_of(tag: int, transposed: bool, batch: int) -> Tile:
-    """The tile for a batch of that many rows."""
-    table = _TRANSPOSED if transposed else _FORWARD
-    tile = next(tile for limit, tile in table.items() if limit is None or batch <= limit)
-    if tag == 0x103 and tile.fields == 8:  # a word of the normal family has four fields
-        tile = Tile(tile.outputs, tile.batch, tile.warps, 4)
-    return tile
+def tile_of(tag: int, transposed: bool, batch: int, banks: bool = False) -> Tile:
+    """The tile for a batch of that many rows; ``banks``: whether out_gain or bias have several rows."""
+    rademacher, uniform, _ = REDUCTION
+    if batch <= _SMALL.batch:
+        if transposed:  # all fields of a word, or 8 of 32, so that each is hashed once
+            return replace(_SMALL, fields=8) if tag in (rademacher, uniform) else _SMALL
+        # Four words of 32 columns are many weights for a thread: 4 warps spilled 200 bytes on sm_80.
+        return replace(_SMALL, warps=8) if tag == rademacher else _SMALL
+    # So do the addresses of banks, element by element (900 bytes on sm_90), and rademacher's weights.
+    if batch <= _MIDDLE.batch or banks or (tag == rademacher and not transposed):
+        return _MIDDLE
+    return _LARGE

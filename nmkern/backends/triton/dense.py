@@ -28,7 +28,8 @@ from nmkern.backends.triton.stream import columns_per_word, decode, decode_rows,
 def _anchor(BO: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr):
     """Zeros (uint32) in the layout of a tensor-core result, though Triton's optimiser cannot know them."""
     one = tl.dot(tl.full([BO, 16], 1.0, DTYPE), tl.full([16, BR], 1.0, DTYPE), input_precision="tf32")
-    # LLVM folds this away, with all that depends on the value; Triton's own passes, which choose layouts, do not.
+    # LLVM folds this away, with all that depends on the value;
+    # Triton's own passes, which choose layouts, do not.
     return (one.to(tl.uint32, bitcast=True) & 1) >> 1
 
 
@@ -43,7 +44,7 @@ def _held(j, WARPS: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _context_rows(context, m, M, contexts):
-    """The row of a bank of several rows, ``contexts``, for rows m of the batch: int64, always inside of the bank."""
+    """Which of several rows, ``contexts``, of a bank serves rows m of the batch: int64, never outside."""
     if context is None:  # a row for each
         c = m
     else:
@@ -70,8 +71,10 @@ def _narrow(value, DTYPE: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(value == value, rounded, 0x7FC0)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(DTYPE)
+        result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(DTYPE)
+    return result
 
 
 @triton.jit
@@ -83,7 +86,7 @@ def _truncate(value):
 @triton.jit
 def _to_part(value, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
-        return (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        value = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value
 
 
@@ -97,19 +100,21 @@ def _dot(w, value, acc, SPLIT_X: tl.constexpr, DTYPE: tl.constexpr):
         middle = _truncate(rest)
         acc = tl.dot(w, _to_part(rest - middle, DTYPE), acc)
         acc = tl.dot(w, _to_part(middle, DTYPE), acc)
-        return tl.dot(w, _to_part(high, DTYPE), acc)
-    return tl.dot(w, value, acc, input_precision="tf32")
+        acc = tl.dot(w, _to_part(high, DTYPE), acc)
+    else:
+        acc = tl.dot(w, value, acc, input_precision="tf32")
+    return acc
 
 
 @triton.jit
 def _store_modulated(
-    total, y, out_gain, bias, context, factor, m, n, valid, M, O,
+    total, y, out_gain, bias, context, factor, m, n, valid, M, N,
     out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf,
     OUT_BANK: tl.constexpr, BIAS_BANK: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = total * factor * out_gain + bias, each rounded on its own (no kernel may fuse them)."""
     total *= factor
-    in_row = (n >= 0) & (n < O)
+    in_row = (n >= 0) & (n < N)
     if out_gain is not None:
         if OUT_BANK:
             c = _context_rows(context, m, M, out_contexts)
@@ -122,7 +127,7 @@ def _store_modulated(
             total += tl.load(bias + c * stride_bt + n * stride_bf, mask=valid, other=0.0)
         else:
             total += tl.load(bias + n * stride_bf, mask=in_row, other=0.0)
-    tl.store(y + m * O + n, _narrow(total, y.dtype.element_ty), mask=valid)
+    tl.store(y + m * N + n, _narrow(total, y.dtype.element_ty), mask=valid)
 
 
 _SCALARS = ["M", "k0", "k1", "o_first", "o_skip", "r_first", "r_skip", "chunk", "m_blocks", "o_blocks"]
@@ -130,17 +135,17 @@ _SCALARS = ["M", "k0", "k1", "o_first", "o_skip", "r_first", "r_skip", "chunk", 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def product_kernel(
-    x,  # [M, R], R the length of the reduction
-    in_gain,  # [in_contexts, R] float32 or None
-    out_gain,  # [out_contexts, O] float32 or None
-    bias,  # [bias_contexts, O] float32 or None
+    x,  # [M, K], K the length of the reduction
+    in_gain,  # [in_contexts, K] float32 or None
+    out_gain,  # [out_contexts, N] float32 or None
+    bias,  # [bias_contexts, N] float32 or None
     context,  # [M] int64 or None
-    y,  # [M, O] in the dtype of x; PARTIAL: [splits, M, O] float32, unscaled sums
+    y,  # [M, N] in the dtype of x; PARTIAL: [splits, M, N] float32, unscaled sums
     table,  # NORMAL_TABLE in DTYPE
     factor,
     M,
-    O,
-    R,
+    N,
+    K,
     k0,  # the halves of the seed, and below the first counters, are uint32 passed as int32
     k1,
     o_first,  # first patch (transposed: word) of the outputs, and how many of its outputs lie before them
@@ -187,6 +192,7 @@ def product_kernel(
 
     # Where the tile's rows and columns lie: patch (or word) and place in it, then the index in the view.
     j, i = tl.arange(0, BO), tl.arange(0, BR)
+    PER_TILE: tl.constexpr = BR // (4 if TRANSPOSED else WIDTH)  # patches, or words
     if TRANSPOSED:
         GROUPS: tl.constexpr = WIDTH // FIELDS
         f, word = _held(j, WARPS, FIELDS)
@@ -195,7 +201,6 @@ def product_kernel(
         n = WIDTH * word + f - o_skip
         c0 = (word.to(tl.uint32) + o_first)[:, None]
         f = f.to(tl.uint32)[:, None]
-        PER_TILE: tl.constexpr = BR // 4  # patches
         r = i % 2 + 2 * ((i >> 3) % 2)
         unit = (i >> 1) % 4 + 4 * (i >> 4)
         offset = r - r_skip
@@ -206,7 +211,6 @@ def product_kernel(
         n = 4 * patch + r - o_skip
         c1 = (patch.to(tl.uint32) + o_first)[:, None]
         r = r[:, None]
-        PER_TILE: tl.constexpr = BR // WIDTH  # words
         HALF: tl.constexpr = WIDTH // 2
         f = (i % 2) * HALF + (i >> 3) % HALF
         unit = (i >> 1) % 4 + 4 * (i // (4 * WIDTH))
@@ -223,12 +227,12 @@ def product_kernel(
     for tile in range(split * chunk, (split + 1) * chunk):
         units = tl.cast(tile, tl.int64) * PER_TILE + unit
         k = (4 if TRANSPOSED else WIDTH) * units + offset
-        valid = ((k >= 0) & (k < R))[:, None] & in_batch
+        valid = ((k >= 0) & (k < K))[:, None] & in_batch
         value = tl.load(x + (k * stride_xr)[:, None], mask=valid, other=0.0)
         if IN_BANK:
             value = _widen(value) * tl.load(in_gain + (k * stride_if)[:, None], mask=valid, other=0.0)
         elif in_gain is not None:
-            gain = tl.load(in_gain + k * stride_if, mask=(k >= 0) & (k < R), other=0.0)
+            gain = tl.load(in_gain + k * stride_if, mask=(k >= 0) & (k < K), other=0.0)
             value = _widen(value) * gain[:, None]
         elif value.dtype != DTYPE:
             value = _widen(value)
@@ -242,28 +246,28 @@ def product_kernel(
         acc = _dot(w, value, acc, SPLIT_X, DTYPE)
 
     m, n = m[None, :], n[:, None]
-    valid = (n >= 0) & (n < O) & in_batch
+    valid = (n >= 0) & (n < N) & in_batch
     if PARTIAL:
-        tl.store(y + (split.to(tl.int64) * M + m) * O + n, acc, mask=valid)
+        tl.store(y + (split.to(tl.int64) * M + m) * N + n, acc, mask=valid)
     else:
         _store_modulated(
-            acc, y, out_gain, bias, context, factor, m, n, valid, M, O,
+            acc, y, out_gain, bias, context, factor, m, n, valid, M, N,
             out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf, OUT_BANK, BIAS_BANK,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "splits", "row_tiles"])
 def finish_kernel(
-    partial,  # [splits, M, O] float32
-    y,  # [M, O] or None
+    partial,  # [splits, M, N] float32
+    y,  # [M, N] or None
     out_gain,
     bias,
-    other,  # [M, O], with gain_grad
-    gain_grad,  # [contexts, O] float32 or None: is added to
+    other,  # [M, N], with gain_grad
+    gain_grad,  # [contexts, N] float32 or None: is added to
     context,
     factor,
     M,
-    O,
+    N,
     splits,
     row_tiles,  # row tiles that a program takes, one after the other
     contexts,
@@ -286,18 +290,18 @@ def finish_kernel(
     A program owns its columns of gain_grad and takes the rows in order: no atomics, the same bits every time.
     """
     n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    in_row = n < O
+    in_row = n < N
     total = tl.zeros([BN], tl.float32)
     for tile in range(row_tiles):
         m = (tl.program_id(1).to(tl.int64) * row_tiles + tile) * BM + tl.arange(0, BM)
         valid = (m < M)[:, None] & in_row[None, :]
-        place = m[:, None] * O + n[None, :]
+        place = m[:, None] * N + n[None, :]
         z = tl.load(partial + place, mask=valid, other=0.0)
         for split in range(1, splits):
-            z += tl.load(partial + tl.cast(split, tl.int64) * M * O + place, mask=valid, other=0.0)
+            z += tl.load(partial + tl.cast(split, tl.int64) * M * N + place, mask=valid, other=0.0)
         if y is not None:
             _store_modulated(
-                z, y, out_gain, bias, context, factor, m[:, None], n[None, :], valid, M, O,
+                z, y, out_gain, bias, context, factor, m[:, None], n[None, :], valid, M, N,
                 out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf, OUT_BANK, BIAS_BANK,
             )  # fmt: skip
         if gain_grad is not None:
@@ -313,7 +317,7 @@ def finish_kernel(
                 last = tl.max(tl.where(m < M, c, 0))
                 for row in range(first, last + 1):
                     of_row = tl.sum(tl.where((c == row)[:, None], product, 0.0), axis=0)
-                    sums = gain_grad + row * O + n
+                    sums = gain_grad + row * N + n
                     of_row += tl.load(sums, mask=in_row, other=0.0)
                     # Several threads may hold a column: all have read before one writes, and it has
                     # written before any reads again.

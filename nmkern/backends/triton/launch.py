@@ -55,11 +55,11 @@ def _signed32(value: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(matrix: tuple, batch: int, dtype: torch.dtype, gained: bool, tf32: bool) -> Plan:
-    """The plan of a product: ``gained`` says that there is an in_gain."""
+def _plan(matrix: tuple, batch: int, dtype: torch.dtype, gained: bool, banks: bool, tf32: bool) -> Plan:
+    """The plan of a product: is there an in_gain, have out_gain or bias several rows, may tf32 be used."""
     tag, seed, row_offset, col_offset, rows, cols, transposed = matrix
     width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
-    tile = configs.tile_of(tag, transposed, batch)
+    tile = configs.tile_of(tag, transposed, batch, banks)
     by_row, by_col = (divmod(row_offset, 4), rows), (divmod(col_offset, width), cols)
     (o_place, outputs), (r_place, reduction) = (by_col, by_row) if transposed else (by_row, by_col)
     per_unit, per_unit_r = (width, 4) if transposed else (4, width)
@@ -241,8 +241,10 @@ def modulated_matmul(
     if rows == 0:
         return y
     x = x.resolve_neg()
+    context = None if context is None else context.contiguous()
     tf32 = x.dtype == torch.float32 and _tf32()
-    plan = _plan(tuple(view), rows, x.dtype, in_gain is not None, tf32)
+    banks = _contexts(out_gain) > 1 or _contexts(bias) > 1
+    plan = _plan(tuple(view), rows, x.dtype, in_gain is not None, banks, tf32)
     with _on(x.device):
         if plan.splits == 1:
             _product(x, in_gain, out_gain, bias, context, y, plan, factor, partial=False)
@@ -269,11 +271,12 @@ def modulated_matmul_gain_grad(
     bank = "one" if contexts == 1 else "each" if context is None else "context"
     gain_grad = x.new_zeros(contexts, outputs, dtype=primitives.sum_dtype(x.dtype))
     x, other = x.resolve_neg(), other.resolve_neg()
+    context = None if context is None else context.contiguous()
     tf32 = x.dtype == torch.float32 and _tf32()
     with _on(x.device):
         for part in _parts(rows, outputs):
             some = x[part]
-            plan = _plan(tuple(view), some.shape[0], x.dtype, in_gain is not None, tf32)
+            plan = _plan(tuple(view), some.shape[0], x.dtype, in_gain is not None, False, tf32)
             selected = None if context is None else context[part]
             partial = x.new_empty(plan.splits, some.shape[0], outputs, dtype=torch.float32)
             gain = _rows_of(in_gain, context, part)
