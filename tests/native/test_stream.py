@@ -35,7 +35,7 @@ def test_kernels_multiply_by_the_dense_vectors(backend, few):
         one = torch.ones(1, 1)
         assert modulated_linear(one, element).item() == modulated_linear(one, element.T).item() == want
         checked += 1
-    assert checked > (30 if backend == "triton" else 200)
+    assert checked > (20 if backend == "triton" else 200)
 
 
 def test_kernels_draw_the_sparse_vectors(backend):

@@ -158,8 +158,8 @@ def test_integers_give_exact_results_and_gradients(backend, threads, few, family
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("k", "n"), [(5003, 67), (67, 5003), (1, 2500), (2500, 1)])
 def test_integers_give_exact_results_on_long_sums(backend, threads, few, family, k, n):
-    if backend == "triton" and (family != "uniform" or n != 67):
-        pytest.skip("the interpreter takes too long for all of them; these have sums split and unsplit")
+    if backend == "triton" and (family != "uniform" or k != 2500):
+        pytest.skip("the interpreter takes too long for all of them")
     # Signs as gains: y is at most K * 252, d_in M * N * 252, d_out M * K * 252 = 1.5e7 < 2^24 at M = 12.
     for rows, count in few(((1, 2), (2, 1), (3, 7), (12, 2)), 4, start=2):
         threads(count, backend)
@@ -318,7 +318,7 @@ def laid_out(value, layout):
 def test_any_shape_and_layout(
     backend, passed_over, lead, k, n, offset, transposed, family, kind, dtype, narrow, layout
 ):
-    if passed_over(7):
+    if passed_over(10):
         return
     g = generator(k + 1000 * n)
     whole = RandomMatrix(offset[0] + n, offset[1] + k, seed=7, family=family, scale=k**-0.5)

@@ -1,6 +1,7 @@
 """Which tile serves which call: frozen tables, chosen by the shape alone.
 
-A tile computes BO outputs for BM rows of the batch, taking BR reduction indices at a time. The invariant:
+A tile computes BO outputs for BM rows of the batch, taking BR reduction indices at a time. The choices come
+from static figures (benchmarks/results/triton_resources.json), not yet from timings. The invariant:
 BR is fixed by family and orientation, and the split by shapes, so that no choice made here, or measured
 on a machine, changes the order of a sum. (A row of the batch is summed alike whatever its BM.)
 """
