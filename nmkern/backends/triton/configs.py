@@ -2,8 +2,8 @@
 
 A tile computes BO outputs for BM rows of the batch, taking BR reduction indices at a time. The choices come
 from static figures (benchmarks/results/triton_resources.json), not yet from timings. The invariant:
-BR is fixed by family and orientation, and the split by shapes, so that no choice made here, or measured
-on a machine, changes the order of a sum. (A row of the batch is summed alike whatever its BM.)
+BR is fixed by family and orientation, so the order of a sum depends on the split alone, which follows
+from shapes and this table; never from the device, nor from a measurement on it.
 """
 
 from dataclasses import dataclass, replace
