@@ -127,7 +127,7 @@ class Report:
     def measure(
         self, case: Case, ours: Call, rivals: Mapping[str, Call], error: float, seconds: float, calls: int = 1
     ) -> dict[str, float]:
-        """Time ``ours`` against ``rivals`` (a call being ``calls`` of them), write the row, return the ratios."""
+        """Time ``ours`` against ``rivals`` (each ``calls`` times); write the row, return the ratios."""
         peak = peak_bytes(ours)
         variants = {"ours": ours, **rivals}
         timings = interleave({name: repeated(call, calls) for name, call in variants.items()}, seconds)

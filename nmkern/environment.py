@@ -7,8 +7,9 @@ import functools
 import os
 
 VARIABLES = {
-    "NMKERN_BACKEND": "force one backend for every call (reference, cpu)",
+    "NMKERN_BACKEND": "force one backend for every call (cpu, triton, reference)",
     "NMKERN_CPU_ISA": "instruction set of the CPU kernels (avx512_bf16, avx512, avx2, portable)",
+    "TRITON_INTERPRET": "1: Triton's kernels run on CPU tensors too, in its interpreter (for tests)",
 }
 
 

@@ -5,6 +5,7 @@ of the cpu backend, unchanged. Where one cannot run, the test is skipped with th
 """
 
 import contextlib
+import itertools
 import os
 import random
 import subprocess
@@ -17,7 +18,12 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import nmkern
-from nmkern.backends import cpu
+from nmkern.backends import cpu, triton
+
+# Without a GPU the Triton kernels run under Triton's interpreter. Triton reads this when it is imported,
+# which nothing above does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Derandomised: a failure on one machine is a failure on all. The backend fixture is the same for all
 # examples of a test, so that its scope is no hazard.
@@ -37,26 +43,32 @@ settings.load_profile("nmkern")
 
 torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads set their own count
 
-BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS))
+BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS), "triton")
+DENSE_ONLY = ("triton",)  # backends without kernels for the sparse family and FlyNet
+_NOT_DENSE = ("sparse", "flynet")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Forces a backend and, for cpu, an instruction set; the name of the backend."""
-    with _forced(request.param) as name:
+    with _forced(request) as name:
         yield name
 
 
 @pytest.fixture(params=("reference", "cpu"))
 def backend_once(request):
     """As ``backend``, with the cpu's own choice of instruction set: for what kernels do not influence."""
-    with _forced(request.param) as name:
+    with _forced(request) as name:
         yield name
 
 
 @contextlib.contextmanager
-def _forced(backend_and_isa):
-    name, _, isa = backend_and_isa.partition("-")
+def _forced(request):
+    name, _, isa = request.param.partition("-")
+    if name in DENSE_ONLY and any(word in request.node.nodeid for word in _NOT_DENSE):
+        pytest.skip(f"{name} has dense kernels only")
+    if name == "triton" and (reason := triton.refusal("uniform", torch.float32, "cpu")):
+        pytest.skip(f"triton: {reason}")
     if name != "cpu":
         with nmkern.use_backend(name):
             yield name
@@ -74,6 +86,29 @@ def _forced(backend_and_isa):
             yield name
     finally:
         cpu.set_isa(before)
+
+
+@pytest.fixture
+def few(backend):
+    """A function that thins out the cases of a test for Triton's interpreter: ``few(cases, one_in)``.
+
+    A call takes 0.1 s there, most of it Python, where other backends take microseconds. What is left
+    still has every kind of argument, by ``start``.
+    """
+    interpreted = backend == "triton"
+
+    def thin(cases, one_in, start=0):
+        cases = list(cases)
+        return cases[start % one_in :: one_in] if interpreted else cases
+
+    return thin
+
+
+@pytest.fixture
+def passed_over(backend):
+    """As ``few``, for examples that hypothesis draws: whether to leave one out, all but one in ``one_in``."""
+    drawn = itertools.count()
+    return lambda one_in: backend == "triton" and next(drawn) % one_in > 0
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def test_there_are_two_commands_and_both_set_everything_up():
 
 
 def test_the_environment_table_is_the_code():
-    rows = re.findall(r"^\| `(NMKERN_\w+)` \| (.*) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `([A-Z]+_\w+)` \| (.*) \|$", README, re.MULTILINE)
     assert dict(rows) == environment.VARIABLES
 
 

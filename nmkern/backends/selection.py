@@ -12,10 +12,10 @@ from types import ModuleType
 import torch
 
 from nmkern import environment
-from nmkern.backends import cpu, reference
+from nmkern.backends import cpu, reference, triton
 from nmkern.matrix import RandomMatrix
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
@@ -101,6 +101,8 @@ def _no_backend(refused: dict[str, str]) -> RuntimeError:
 
 def select(family: str, dtype: torch.dtype, device: str) -> str:
     """The name of the backend for a call; RuntimeError where none can serve it.
+
+    ``family`` is the matrix's, or "flynet" for the primitives of the whole network.
 
     torch.compile runs it while tracing and keeps the answer: a graph keeps its backend.
     """

@@ -59,7 +59,7 @@ def flynet(
     banks, selector, factor = modulate(
         x, decoder, {"gain": gain}, {"gain": encoder.rows}, context, strength, fold_into="gain", cast=cast
     )
-    backend = selection.select(decoder.family, x.dtype, x.device.type)
+    backend = selection.select("flynet", x.dtype, x.device.type)
     *args, _ = primitives.flynet_args(encoder, decoder)
     logits = _OPERATORS[backend].logits(x.reshape(-1, encoder.cols), banks["gain"], selector, *args, factor)
     return logits.reshape(*x.shape[:-1], decoder.rows)

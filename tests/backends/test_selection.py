@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from nmkern import RandomMatrix, environment, explain, modulated_linear, sparse_project, use_backend
-from nmkern.backends import cpu, reference, selection
+from nmkern.backends import cpu, reference, selection, triton
 
 DENSE = RandomMatrix(6, 4, seed=1)
 SPARSE = RandomMatrix(6, 4, seed=1, family="sparse", fan_in=2)
+NO_TRITON = "runs on CUDA tensors; on the CPU only under TRITON_INTERPRET=1"
 NO_CPU = cpu.refusal("uniform", torch.float32, "cpu")  # why the cpu backend cannot run; None where it can
 needs_cpu = pytest.mark.skipif(NO_CPU is not None, reason=f"cpu: {NO_CPU}")
 
@@ -21,6 +22,7 @@ needs_cpu = pytest.mark.skipif(NO_CPU is not None, reason=f"cpu: {NO_CPU}")
 def free_choice(monkeypatch):
     """These tests choose for themselves, whatever the environment of the run forces."""
     monkeypatch.delenv("NMKERN_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(selection, "_choices", {})
     environment.read.cache_clear()
     yield
@@ -97,25 +99,38 @@ def test_explain_names_the_backend_its_kernel_and_the_refusals(matrix):
     if NO_CPU is None:
         assert answer.backend == "cpu"
         assert answer.kernel == f"cpu ({cpu.isa()})"
-        assert answer.refused == {"reference": "cpu comes first"}
-        assert str(answer) == f"cpu ({cpu.isa()}) serves this call\nreference does not: cpu comes first"
+        assert answer.refused == {"triton": "cpu comes first", "reference": "cpu comes first"}
+        assert str(answer) == (
+            f"cpu ({cpu.isa()}) serves this call\n"
+            "triton does not: cpu comes first\nreference does not: cpu comes first"
+        )
     else:
         assert answer.backend == "reference"
-        assert answer.refused == {"cpu": NO_CPU}
-        assert str(answer) == f"reference (PyTorch) serves this call\ncpu does not: {NO_CPU}"
+        assert answer.refused == {"cpu": NO_CPU, "triton": NO_TRITON}
+        assert str(answer) == (
+            f"reference (PyTorch) serves this call\ncpu does not: {NO_CPU}\ntriton does not: {NO_TRITON}"
+        )
 
 
 def test_explain_of_what_only_the_reference_computes():
     answer = explain(DENSE, torch.float64)
     assert (answer.backend, answer.kernel) == ("reference", "reference (PyTorch)")
-    assert answer.refused == {"cpu": "computes float32, bfloat16 and float16, not float64"}
+    assert answer.refused == {
+        "cpu": "computes float32, bfloat16 and float16, not float64",
+        "triton": NO_TRITON,
+    }
 
 
 def test_explain_on_another_device():
     for device in ("cuda", torch.device("cuda", 1)):  # asked without touching a device
         answer = explain(DENSE, torch.bfloat16, device)
+        assert (answer.backend, answer.kernel) == ("triton", "triton")
+        no_cpu = "runs on CPU tensors, not on cuda"
+        assert answer.refused == {"cpu": no_cpu, "reference": "triton comes first"}
+        answer = explain(SPARSE, torch.bfloat16, device)
         assert answer.backend == "reference"
-        assert answer.refused == {"cpu": "runs on CPU tensors, not on cuda"}
+        no_sparse = "multiplies by dense families, and has no sparse kernel"
+        assert answer.refused == {"cpu": no_cpu, "triton": no_sparse}
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, torch.bool], ids=str)
@@ -125,7 +140,7 @@ def test_explain_where_no_backend_can(dtype):
     name = str(dtype).removeprefix("torch.")
     assert str(raised.value) == (
         "no backend can serve this call: "
-        f"cpu: computes float32, bfloat16 and float16, not {name}; "
+        f"cpu: computes float32, bfloat16 and float16, not {name}; triton: {NO_TRITON}; "
         f"reference: computes float64, float32, bfloat16 and float16, not {name}"
     )
 
@@ -154,11 +169,11 @@ def test_use_backend_nests_and_restores():
     assert forced() is None
     with use_backend("reference"):
         assert forced() == explain(DENSE).backend == "reference"
-        assert explain(DENSE).refused == {"cpu": "reference is forced"}
+        assert explain(DENSE).refused == dict.fromkeys(("cpu", "triton"), "reference is forced")
         with use_backend("cpu"):
             assert forced() == "cpu"
             if NO_CPU is None:
-                assert explain(DENSE).refused == {"reference": "cpu is forced"}
+                assert explain(DENSE).refused == dict.fromkeys(("triton", "reference"), "cpu is forced")
         assert forced() == selection.select("uniform", torch.float32, "cpu") == "reference"
     assert forced() is None
 
@@ -182,7 +197,7 @@ def test_use_backend_forgets_choices_made_before():
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU"])
 def test_use_backend_refuses_unknown_names(name):
-    message = rf"^backend: expected one of cpu, reference, got '{name}'$"
+    message = rf"^backend: expected one of cpu, triton, reference, got '{name}'$"
     with pytest.raises(ValueError, match=message), use_backend(name):
         pass
     assert forced() is None
@@ -191,7 +206,7 @@ def test_use_backend_refuses_unknown_names(name):
 def test_a_forced_backend_that_cannot_serve_raises_with_every_reason():
     text = (
         "no backend can serve this call: cpu: computes float32, bfloat16 and float16, not float64; "
-        "reference: cpu is forced"
+        "triton: cpu is forced; reference: cpu is forced"
     )
     with use_backend("cpu"):
         for ask in (
@@ -226,6 +241,35 @@ def test_the_reference_refuses_what_it_cannot_sum():
     assert reference.refusal("uniform", torch.int64, "cpu").endswith("not int64")
 
 
+@pytest.mark.parametrize(
+    ("family", "dtype", "device", "text"),
+    [
+        ("uniform", torch.float64, "cuda", "computes float32, bfloat16 and float16, not float64"),
+        ("uniform", torch.float32, "cpu", NO_TRITON),
+        ("uniform", torch.float32, "meta", "runs on CUDA tensors, not on meta"),
+        ("sparse", torch.float32, "cuda", "multiplies by dense families, and has no sparse kernel"),
+        ("flynet", torch.float32, "cuda", "multiplies by dense families, and has no flynet kernel"),
+        ("normal", torch.float16, "cuda", None),
+    ],
+)
+def test_refusals_of_the_triton_backend(family, dtype, device, text):
+    assert triton.refusal(family, dtype, device) == text
+
+
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(triton, "_installed", lambda: False)
+    assert triton.refusal("uniform", torch.float32, "cuda") == "triton is not installed"
+    assert explain(DENSE, device="cuda").backend == "reference"
+
+
+def test_the_interpreter_serves_where_it_is_asked_for_and_forced(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.refusal("uniform", torch.float32, "cpu") is None
+    assert explain(DENSE).backend == ("cpu" if NO_CPU is None else "triton")
+    with use_backend("triton"):
+        assert explain(DENSE).kernel == "triton (interpreted)"
+
+
 def fresh(monkeypatch, **attributes):
     """The cpu backend as in a process that has not looked for its library yet."""
     for name, value in attributes.items():
@@ -242,7 +286,7 @@ def test_a_library_that_was_not_built(monkeypatch, tmp_path):
     fresh(monkeypatch, LIBRARY_PATH=tmp_path / "none.so", BUILD_RECORD=tmp_path / "none.json")
     reason = "the native library was not built: the package was not installed (run pip install .)"
     assert cpu.refusal("uniform", torch.float32, "cpu") == reason
-    assert explain(DENSE).refused == {"cpu": reason}
+    assert explain(DENSE).refused == {"cpu": reason, "triton": NO_TRITON}
     for ask in (cpu.isa, lambda: cpu.set_isa("portable")):
         with pytest.raises(RuntimeError, match=r"^cpu backend: the native library was not built: "):
             ask()
@@ -274,9 +318,14 @@ def test_a_library_that_does_not_load(monkeypatch, tmp_path):
 def test_environment_variables(run_python):
     script = "import nmkern; print(nmkern.explain(nmkern.RandomMatrix(2, 2, seed=0)))"
     told = run_python(script, NMKERN_BACKEND="reference")
-    assert told == "reference (PyTorch) serves this call\ncpu does not: reference is forced\n"
+    assert told == (
+        "reference (PyTorch) serves this call\n"
+        "cpu does not: reference is forced\ntriton does not: reference is forced\n"
+    )
     told = run_python(script, check=False, NMKERN_BACKEND="fastest")
-    assert told.endswith("ValueError: NMKERN_BACKEND: expected one of cpu, reference, got 'fastest'\n")
+    assert told.endswith(
+        "ValueError: NMKERN_BACKEND: expected one of cpu, triton, reference, got 'fastest'\n"
+    )
 
 
 def test_use_backend_comes_before_the_environment(monkeypatch):

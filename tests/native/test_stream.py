@@ -24,10 +24,10 @@ def test_the_header_reproduces_every_vector(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{len(LINES)}\n")
 
 
-def test_kernels_multiply_by_the_dense_vectors(backend):
+def test_kernels_multiply_by_the_dense_vectors(backend, few):
     """One element at a time, as a 1 x 1 matrix at its place, from both sides."""
     checked = 0
-    for _, family, seed, row, col, _, code in (line for line in LINES if line[0] == "dense"):
+    for _, family, seed, row, col, _, code in few((line for line in LINES if line[0] == "dense"), 12):
         if max(int(row), int(col)) == 2**34 - 1:
             continue  # the stream has the element; a matrix of 2^34 rows or columns is refused
         element = RandomMatrix(1, 1, seed=int(seed), family=family, row_offset=int(row), col_offset=int(col))
@@ -35,7 +35,7 @@ def test_kernels_multiply_by_the_dense_vectors(backend):
         one = torch.ones(1, 1)
         assert modulated_linear(one, element).item() == modulated_linear(one, element.T).item() == want
         checked += 1
-    assert checked > 200
+    assert checked > (20 if backend == "triton" else 200)
 
 
 def test_kernels_draw_the_sparse_vectors(backend):

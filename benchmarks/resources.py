@@ -1,0 +1,157 @@
+"""``python -m benchmarks resources [--out FILE]``: what the Triton kernels compile to, without a GPU.
+
+Compiles the dense kernels ahead of time for sm_80 and sm_90, disassembles them with the tools of Triton's
+wheel, and records registers, spilled bytes, shared memory and machine instructions per weight and thread
+of the main loop. The committed table is what tests/backends/test_triton_resources.py holds kernels to.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nmkern import stream
+from nmkern.backends.triton import configs, dense
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_POINTERS = {"x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "gain_grad"}
+_INPUTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
+_TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """Name of each kernel that is kept in the table, and what it is compiled for."""
+    found: dict[str, dict[str, Any]] = {}
+    for arch in (80, 90):
+        for family in stream.DENSE_FAMILIES:
+            for transposed in (False, True):
+                for batch in (16, 32, 64):
+                    for dtype in (
+                        ("bfloat16", "float32") if batch == 16 or family == "uniform" else ("bfloat16",)
+                    ):
+                        way = "transposed" if transposed else "forward"
+                        found[f"sm_{arch} {family} {way} {batch} {dtype}"] = {
+                            "arch": arch,
+                            "family": family,
+                            "transposed": transposed,
+                            "batch": batch,
+                            "dtype": dtype,
+                        }
+        for dtype, batch in (("bfloat16", 16), ("float16", 64), ("float32", 16)):
+            for transposed in (False, True):
+                way = "transposed" if transposed else "forward"
+                found[f"sm_{arch} uniform {way} {batch} {dtype} banks"] = {
+                    "arch": arch,
+                    "family": "uniform",
+                    "transposed": transposed,
+                    "batch": batch,
+                    "dtype": dtype,
+                    "banks": True,
+                }
+        found[f"sm_{arch} finish"] = {"arch": arch}
+    return found
+
+
+def measure(variant: dict[str, Any]) -> dict[str, float]:
+    """Registers, spilled and shared bytes, and instructions per weight of a variant."""
+    if "family" not in variant:
+        compiled = _compile_finish(variant["arch"])
+        weights = None
+    else:
+        compiled, weights = _compile_product(**variant)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    row: dict[str, float] = {
+        "registers": int(match[1]),
+        "spilled_bytes": int(match[2]),  # the stack: nothing else of these kernels lives there
+        "shared_bytes": compiled.metadata.shared,
+    }
+    if weights is not None:
+        row["instructions_per_weight"] = round(_longest_loop(code) / weights, 2)
+    return row
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _longest_loop(code: str) -> int:
+    """Instructions of the longest innermost loop: from a label to the branch back to it."""
+    labels: dict[str, int] = {}
+    count, longest = 0, 0
+    for line in code.splitlines():
+        if match := re.match(r"^\s*(\.L_\w+):", line):
+            labels[match[1]] = count
+        elif match := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+            count += 1
+            back = re.search(r"BRA.*`\((\.L_\w+)\)", match[1])
+            if back and back[1] in labels:
+                longest = max(longest, count - labels[back[1]])
+    return longest
+
+
+def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int):
+    """Compile for int32 sizes; ``given`` are constants, pointers that are not given are None."""
+    signature, constants = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in given or (name in _POINTERS and name not in pointers):
+            signature[name] = "constexpr"
+            constants[(place,)] = given.get(name)
+        else:
+            signature[name] = pointers.get(name, "fp32" if name == "factor" else "i32")
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _compile_product(arch: int, family: str, transposed: bool, batch: int, dtype: str, banks: bool = False):
+    tag = stream.DENSE_FAMILIES[family].tag
+    tile, step = configs.tile_of(tag, transposed, batch, banks), configs.REDUCTION[tag][transposed]
+    split = dtype == "float32" or banks
+    operand = "bfloat16" if split else dtype
+    partial = batch <= 16 and not banks  # small batches are split, large ones modulate in the kernel
+    given = {
+        **dict.fromkeys(("IN_BANK", "OUT_BANK", "BIAS_BANK"), banks),
+        **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "SPLIT_X": split},
+        **{"DTYPE": _TYPES[operand], "FIELDS": tile.fields, "BO": tile.outputs, "BR": step},
+        **{"BM": tile.batch, "WARPS": tile.warps},
+    }
+    pointers = {"x": _INPUTS[dtype], "y": "*fp32" if partial else _INPUTS[dtype], "table": _INPUTS[operand]}
+    if not partial:
+        pointers |= {"out_gain": "*fp32", "bias": "*fp32"}
+    if banks:
+        pointers |= {"in_gain": "*fp32", "out_gain": "*fp32", "bias": "*fp32", "context": "*i64"}
+    compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps)
+    return compiled, tile.outputs * step / (32 * tile.warps)
+
+
+def _compile_finish(arch: int):
+    given = {"OUT_BANK": True, "BIAS_BANK": True, "BANK": "context", "BM": 16, "BN": 64}
+    pointers = dict.fromkeys(("partial", "out_gain", "bias", "gain_grad"), "*fp32")
+    pointers |= {"y": "*bf16", "other": "*bf16", "context": "*i64"}
+    return _compile(dense.finish_kernel, given, pointers, arch, 4)
+
+
+def run(out: Path) -> None:
+    rows = {name: measure(variant) for name, variant in variants().items()}
+    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
+    out.write_text(f'{{\n  "triton": {json.dumps(triton.__version__)},\n' + ",\n".join(lines) + "\n}\n")
+    for name, row in rows.items():
+        print(f"{name:45} {row}")

@@ -1,0 +1,64 @@
+"""The triton backend: kernels for CUDA tensors, compiled by Triton at their first call.
+
+Neither Triton nor a kernel is imported before that. On CPU tensors the kernels run under Triton's
+interpreter, where TRITON_INTERPRET=1 asks for it: slow, and there to test them without a GPU.
+"""
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+
+from nmkern import environment
+from nmkern.backends import primitives
+from nmkern.stream import DENSE_FAMILIES
+
+primitives.define("triton")
+
+_PRIMITIVES = ("modulated_matmul", "modulated_matmul_gain_grad")
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return (environment.read("TRITON_INTERPRET") or "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
+    """Why a call cannot run here; None where it can."""
+    if device == "cpu" and not _interpreted():
+        return "runs on CUDA tensors; on the CPU only under TRITON_INTERPRET=1"
+    if device not in ("cpu", "cuda"):
+        return f"runs on CUDA tensors, not on {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
+    if family not in DENSE_FAMILIES:
+        return f"multiplies by dense families, and has no {family} kernel"
+    if not _installed():
+        return "triton is not installed"
+    return None
+
+
+def kernel() -> str:
+    return "triton (interpreted)" if _interpreted() else "triton"
+
+
+def _register() -> None:
+    """Give the operators their kernels, which are imported when first called."""
+
+    def lazily(primitive: str):
+        def call(*args):
+            return getattr(importlib.import_module("nmkern.backends.triton.launch"), primitive)(*args)
+
+        return call
+
+    for primitive in _PRIMITIVES:
+        for key in ("CUDA", "CPU"):
+            primitives.LIBRARY.impl(f"triton_{primitive}", lazily(primitive), key)
+
+
+_register()

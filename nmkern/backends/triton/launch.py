@@ -1,0 +1,297 @@
+"""From the arguments of the dense primitives to launches of their kernels.
+
+    chunks of the batch -> product_kernel, the reduction in one or several splits -> finish_kernel
+
+What follows from the matrix, the dtype and the shape alone is worked out once and kept (``_plan``). The
+invariant: scratch is bounded by ``SCRATCH`` bytes whatever the layer's size, and nothing here waits for
+the device or reads from it, so that calls can be captured in a CUDA graph.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nmkern import stream
+from nmkern.backends import primitives
+from nmkern.backends.triton import configs, dense
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Partial sums of a call, in bytes: a batch that needs more is taken in parts.
+SCRATCH = 64 * 2**20
+# Programs that a split aims at, two for each of an H100's 132 multiprocessors, and the least steps that
+# are worth a program. Constants, not the device's own count: the same sums on every GPU.
+_PROGRAMS = 264
+_LEAST_STEPS = 8
+_FINISH_ROWS, _FINISH_COLS = 16, 64
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch needs that does not depend on tensors."""
+
+    tile: configs.Tile
+    outputs: int
+    reduction: int
+    o_blocks: int
+    m_blocks: int
+    chunk: int
+    splits: int
+    counters: tuple[int, ...]  # k0 and k1, then first counter and skip of outputs and reduction
+    constants: dict[str, Any]
+
+
+def _signed32(value: int) -> int:
+    return value - 2**32 if value >= 2**31 else value
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(matrix: tuple, batch: int, dtype: torch.dtype, gained: bool, banks: bool, tf32: bool) -> Plan:
+    """The plan of a product: is there an in_gain, have out_gain or bias several rows, may tf32 be used."""
+    tag, seed, row_offset, col_offset, rows, cols, transposed = matrix
+    width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
+    tile = configs.tile_of(tag, transposed, batch, banks)
+    by_row, by_col = (divmod(row_offset, 4), rows), (divmod(col_offset, width), cols)
+    (o_place, outputs), (r_place, reduction) = (by_col, by_row) if transposed else (by_row, by_col)
+    per_unit, per_unit_r = (width, 4) if transposed else (4, width)
+    o_units = -(-(o_place[1] + outputs) // per_unit)
+    if transposed:
+        o_blocks = triton.cdiv(o_units, tile.outputs // tile.fields) * (width // tile.fields)
+    else:
+        o_blocks = triton.cdiv(o_units, tile.outputs // 4)
+    step = configs.REDUCTION[tag][transposed]
+    steps = triton.cdiv(r_place[1] + reduction, step)
+    assert step % per_unit_r == 0
+    m_blocks = triton.cdiv(batch, tile.batch)
+    wanted = max(1, min(_PROGRAMS // (o_blocks * m_blocks), steps // _LEAST_STEPS))
+    wanted = max(1, min(wanted, SCRATCH // (4 * batch * outputs)))
+    chunk = triton.cdiv(steps, wanted)
+    splits = triton.cdiv(steps, chunk)
+    operand, parts = _operand(dtype, gained, tf32)
+    key = stream.key_of(seed % 2**64)
+    places = (_signed32(o_place[0]), o_place[1], _signed32(r_place[0]), r_place[1])
+    constants = {
+        "TAG": tag,
+        "TRANSPOSED": transposed,
+        "SPLIT_X": parts,
+        "DTYPE": _DTYPES[operand],
+        "FIELDS": tile.fields,
+        "BO": tile.outputs,
+        "BR": step,
+        "BM": tile.batch,
+        "WARPS": tile.warps,
+    }
+    counters = (_signed32(key[0]), _signed32(key[1]), *places)
+    return Plan(tile, outputs, reduction, o_blocks, m_blocks, chunk, splits, counters, constants)
+
+
+def _operand(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, bool]:
+    """The dtype of tl.dot's operands, and whether x is split in three of it.
+
+    Weights are exact in every one. x times in_gain is a float32, as x of float32 is; the interpreter
+    multiplies in float32 throughout.
+    """
+    if INTERPRETED or (dtype == torch.float32 and tf32):
+        return torch.float32, False
+    if dtype == torch.float32 or gained:
+        return torch.bfloat16, True
+    return dtype, False
+
+
+@functools.cache
+def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The normal family's codes on a device, where they stay."""
+    return torch.from_numpy(stream.NORMAL_TABLE).to(device, dtype)
+
+
+def _tf32() -> bool:
+    """Whether PyTorch's setting for float32 products on CUDA allows tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield
+
+
+def _strides(bank: Tensor | None) -> tuple[int, int]:
+    """Strides of a bank; 0 from row to row where there is one."""
+    if bank is None:
+        return 0, 0
+    return (0 if bank.shape[0] == 1 else bank.stride(0)), bank.stride(1)
+
+
+def _contexts(bank: Tensor | None) -> int:
+    return 1 if bank is None else bank.shape[0]
+
+
+def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
+    """Launch product_kernel on rows that one plan covers."""
+    operand = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
+    grid = (plan.m_blocks * plan.o_blocks * plan.splits,)
+    dense.product_kernel[grid](
+        x,
+        in_gain,
+        out_gain,
+        bias,
+        context,
+        y,
+        _table(x.device, operand[plan.constants["DTYPE"]]),
+        factor,
+        x.shape[0],
+        plan.outputs,
+        plan.reduction,
+        *plan.counters,
+        plan.chunk,
+        plan.m_blocks,
+        plan.o_blocks,
+        _contexts(in_gain),
+        _contexts(out_gain),
+        _contexts(bias),
+        *x.stride(),
+        *_strides(in_gain),
+        *_strides(out_gain),
+        *_strides(bias),
+        IN_BANK=_contexts(in_gain) > 1,
+        OUT_BANK=_contexts(out_gain) > 1,
+        BIAS_BANK=_contexts(bias) > 1,
+        PARTIAL=partial,
+        **plan.constants,
+        num_warps=plan.tile.warps,
+        num_stages=2,
+        enable_fp_fusion=False,
+    )
+
+
+def _finish(
+    partial, y, out_gain, bias, other, gain_grad, bank, context, contexts, plan: Plan, factor: float
+) -> None:
+    """Launch finish_kernel on the partial sums of rows that one plan covers."""
+    rows = partial.shape[1]
+    row_tiles = triton.cdiv(rows, _FINISH_ROWS)
+    # Who adds to a row of gain_grad must own its columns; else every row tile is a program of its own.
+    in_turn = row_tiles if gain_grad is not None and bank != "each" else 1
+    grid = (triton.cdiv(plan.outputs, _FINISH_COLS), triton.cdiv(row_tiles, in_turn))
+    dense.finish_kernel[grid](
+        partial,
+        y,
+        out_gain,
+        bias,
+        other,
+        gain_grad,
+        context,
+        factor,
+        rows,
+        plan.outputs,
+        plan.splits,
+        in_turn,
+        contexts,
+        _contexts(out_gain),
+        _contexts(bias),
+        *((0, 0) if other is None else other.stride()),
+        *_strides(out_gain),
+        *_strides(bias),
+        OUT_BANK=_contexts(out_gain) > 1,
+        BIAS_BANK=_contexts(bias) > 1,
+        BANK=bank,
+        BM=_FINISH_ROWS,
+        BN=_FINISH_COLS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def _rows_of(bank: Tensor | None, context: Tensor | None, part: slice) -> Tensor | None:
+    """The rows of a bank that serve a part of the batch: a bank with a row for each row is cut alike."""
+    if bank is None or bank.shape[0] == 1 or context is not None:
+        return bank
+    return bank[part]
+
+
+def _parts(rows: int, outputs: int) -> list[slice]:
+    """The batch in parts whose float32 sums fit the scratch; a multiple of 128 rows where several."""
+    most = max(128, SCRATCH // (4 * outputs) // 128 * 128)
+    return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
+
+
+def modulated_matmul(
+    x: Tensor,
+    in_gain: Tensor | None,
+    out_gain: Tensor | None,
+    bias: Tensor | None,
+    context: Tensor | None,
+    *matrix: Any,
+) -> Tensor:
+    *view, factor = matrix
+    rows, outputs = x.shape[0], view[5] if view[6] else view[4]
+    y = x.new_empty(rows, outputs)
+    if rows == 0:
+        return y
+    x = x.resolve_neg()
+    context = None if context is None else context.contiguous()
+    tf32 = x.dtype == torch.float32 and _tf32()
+    banks = _contexts(out_gain) > 1 or _contexts(bias) > 1
+    plan = _plan(tuple(view), rows, x.dtype, in_gain is not None, banks, tf32)
+    with _on(x.device):
+        if plan.splits == 1:
+            _product(x, in_gain, out_gain, bias, context, y, plan, factor, partial=False)
+        else:
+            partial = x.new_empty(plan.splits, rows, outputs, dtype=torch.float32)
+            _product(x, in_gain, None, None, context, partial, plan, factor, partial=True)
+            _finish(partial, y, out_gain, bias, None, None, "one", context, 1, plan, factor)
+    return y
+
+
+def modulated_matmul_gain_grad(
+    x: Tensor,
+    in_gain: Tensor | None,
+    out_gain: Tensor | None,
+    other: Tensor,
+    context: Tensor | None,
+    contexts: int,
+    need_product: bool,
+    *matrix: Any,
+) -> tuple[Tensor, Tensor]:
+    *view, factor = matrix
+    rows, outputs = x.shape[0], view[5] if view[6] else view[4]
+    product = x.new_empty(rows if need_product else 0, outputs)
+    bank = "one" if contexts == 1 else "each" if context is None else "context"
+    gain_grad = x.new_zeros(contexts, outputs, dtype=primitives.sum_dtype(x.dtype))
+    x, other = x.resolve_neg(), other.resolve_neg()
+    context = None if context is None else context.contiguous()
+    tf32 = x.dtype == torch.float32 and _tf32()
+    with _on(x.device):
+        for part in _parts(rows, outputs):
+            some = x[part]
+            plan = _plan(tuple(view), some.shape[0], x.dtype, in_gain is not None, False, tf32)
+            selected = None if context is None else context[part]
+            partial = x.new_empty(plan.splits, some.shape[0], outputs, dtype=torch.float32)
+            gain = _rows_of(in_gain, context, part)
+            _product(some, gain, None, None, selected, partial, plan, factor, partial=True)
+            _finish(
+                partial,
+                product[part] if need_product else None,
+                _rows_of(out_gain, context, part) if need_product else None,
+                None,
+                other[part],
+                gain_grad[part] if bank == "each" else gain_grad,
+                bank,
+                selected,
+                contexts,
+                plan,
+                factor,
+            )
+    return product, gain_grad

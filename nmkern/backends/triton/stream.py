@@ -1,0 +1,192 @@
+"""The weight stream, version 1, as Triton device functions: what every Triton kernel draws weights with.
+
+    words(c0, c1) -> four words of Philox4x32-7 at counter (c0, c1, 0, TAG); word r is of row 4 * c1 + r
+    field(word, f) -> the bits of column (columns per word) * c0 + f
+    decode(field) -> the code, a small integer, in the dtype that a kernel multiplies in
+
+``nmkern.stream`` is the law, this is its one definition in Triton; tests/vectors.txt ties them together.
+The invariant: every integer here is a uint32, with no implicit promotion, so that the compiler and
+Triton's interpreter agree on every bit.
+
+Importing this module imports Triton: kernels are imported at their first call, never with nmkern.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nmkern import stream
+
+RADEMACHER = tl.constexpr(stream.RADEMACHER.tag)
+UNIFORM = tl.constexpr(stream.UNIFORM.tag)
+NORMAL = tl.constexpr(stream.NORMAL.tag)
+SPARSE = tl.constexpr(stream.SPARSE_TAG)
+
+# Whether kernels are compiled for NVIDIA GPUs: neither interpreted, nor for AMD.
+PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+
+_ROUNDS = tl.constexpr(stream.ROUNDS)
+_M0 = tl.constexpr(stream.MULTIPLIERS[0])
+_M1 = tl.constexpr(stream.MULTIPLIERS[1])
+_W0 = tl.constexpr(stream.WEYL_KEYS[0])
+_W1 = tl.constexpr(stream.WEYL_KEYS[1])
+
+
+@triton.constexpr_function
+def bits_per_code(tag):
+    """Bits that a code of a dense family takes."""
+    return {0x101: 1, 0x102: 4, 0x103: 8}[tag]
+
+
+@triton.constexpr_function
+def columns_per_word(tag):
+    """Columns that a word of a dense family holds."""
+    return 32 // bits_per_code(tag)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7: the four words at a counter; all arguments uint32, tensors or scalars."""
+    for _ in tl.static_range(_ROUNDS):
+        hi0 = tl.umulhi(c0, _M0)
+        lo0 = c0 * _M0
+        hi1 = tl.umulhi(c2, _M1)
+        lo1 = c2 * _M1
+        c0 = hi1 ^ c1 ^ k0
+        c1 = lo1
+        c2 = hi0 ^ c3 ^ k1
+        c3 = lo0
+        k0 += _W0
+        k1 += _W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words(c0, c1, k0, k1, TAG: tl.constexpr):
+    """The four words of the patches at word columns c0 and patch rows c1 (uint32, broadcastable)."""
+    # Not zeros of the full shape: what does not vary along an axis is hashed once along it.
+    zero = tl.zeros_like(c0)
+    return philox4x32(c0, c1, zero, zero + TAG, k0, k1)
+
+
+@triton.jit
+def word_of_row(w0, w1, w2, w3, r):
+    """Word r of a patch. A select, which costs nothing where r is known when the kernel is compiled."""
+    return tl.where(r < 2, tl.where(r == 0, w0, w1), tl.where(r == 2, w2, w3))
+
+
+@triton.jit
+def field(word, f, TAG: tl.constexpr):
+    """Field f (uint32) of a word: the bits of column ``columns_per_word(TAG) * c0 + f``."""
+    BITS: tl.constexpr = bits_per_code(TAG)
+    return (word >> (f * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def biased_pair(word, f, TAG: tl.constexpr, MANTISSA: tl.constexpr):
+    """Two 16-bit floats in a word: fields f and f + P/2 of ``word``, f < P/2, with their ``bias``.
+
+    Fields half a word apart fall into the two halves of a register together, so one shift and one
+    three-input logic operation (and, or) decode both: rademacher sets the sign of 1.0, uniform adds
+    twice the field to a power of two whose last place is 1 (MANTISSA bits: 7 in bfloat16, 10 in float16).
+    """
+    if TAG == RADEMACHER:
+        ONE: tl.constexpr = 0x3F803F80 if MANTISSA == 7 else 0x3C003C00
+        pair = ((word << (15 - f)) & 0x80008000) ^ (0x80008000 | ONE)
+    else:
+        tl.static_assert(TAG == UNIFORM)
+        POWER: tl.constexpr = 0x43004300 if MANTISSA == 7 else 0x64006400
+        doubled = tl.where(f == 0, word << 1, word >> (4 * f - 1))  # field f in bits 1 to 4
+        pair = (doubled & 0x001E001E) | POWER
+    return pair
+
+
+@triton.constexpr_function
+def bias(tag, mantissa):
+    """What ``biased_pair`` adds to a code: 0 for rademacher; exact in the format for uniform."""
+    return 0 if tag == 0x101 else 2**mantissa + 15
+
+
+@triton.jit
+def _opaque(bits):
+    """The same bits, of which LLVM knows nothing.
+
+    It would otherwise carry the extraction of each field back into the hash, which narrows multiplications
+    field by field and so hashes a word several times: 7.0 instead of 3.6 instructions a weight (sm_90).
+    """
+    if PTX:
+        bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], tl.uint32, is_pure=True, pack=1)
+    return bits
+
+
+@triton.jit
+def _look_up(table, index, DTYPE: tl.constexpr):
+    """table[index] for a table that lies in DTYPE."""
+    if PTX:
+        # To Triton a load decides the layout around it: every index, then every weight, would go through
+        # shared memory (9.2 instead of 7.8 instructions a weight, sm_90). To it this is arithmetic.
+        base = table.to(tl.uint64, bitcast=True)
+        if DTYPE == tl.float32:
+            code = tl.inline_asm_elementwise(
+                "{ .reg .b64 a; mad.wide.u32 a, $2, 4, $1; ld.global.nc.b32 $0, [a]; }",
+                "=r,l,r", [base, index], tl.float32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            bits = tl.inline_asm_elementwise(
+                "{ .reg .b64 a; mad.wide.u32 a, $2, 2, $1; ld.global.nc.b16 $0, [a]; }",
+                "=h,l,r", [base, index], tl.uint16, is_pure=True, pack=1,
+            )  # fmt: skip
+            code = bits.to(DTYPE, bitcast=True)
+    else:
+        code = tl.load(table + index)
+    return code
+
+
+@triton.jit
+def _half_of_pair(word, f, half, TAG: tl.constexpr, DTYPE: tl.constexpr):
+    """The code in half 0 or 1 of the pair that ``biased_pair`` makes of a word's field f."""
+    MANTISSA: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
+    pair = _opaque(biased_pair(word, f, TAG, MANTISSA))
+    code = (pair >> (16 * half)).to(tl.uint16).to(DTYPE, bitcast=True)
+    if TAG == UNIFORM:
+        code -= bias(TAG, MANTISSA)
+    return code
+
+
+@triton.jit
+def decode(word, f, table, TAG: tl.constexpr, DTYPE: tl.constexpr):
+    """The code of field f (uint32) of a word in DTYPE (bfloat16, float16 or float32), exactly.
+
+    ``table`` points to NORMAL_TABLE in DTYPE; other families do not read it.
+    """
+    if TAG == NORMAL:
+        code = _look_up(table, field(_opaque(word), f, TAG), DTYPE)
+    elif DTYPE == tl.float32:
+        if TAG == RADEMACHER:
+            code = (((word << (31 - f)) & 0x80000000) ^ 0xBF800000).to(tl.float32, bitcast=True)
+        else:  # 2^23 and twice the field; float32's last place is 1 there
+            doubled = (field(_opaque(word), f, TAG) << 1) | 0x4B000000
+            code = doubled.to(tl.float32, bitcast=True) - (2.0**23 + 15)
+    else:
+        HALF: tl.constexpr = columns_per_word(TAG) // 2
+        code = _half_of_pair(word, f % HALF, f // HALF, TAG, DTYPE)
+    return code
+
+
+@triton.jit
+def decode_rows(w0, w1, w2, w3, r, f, table, TAG: tl.constexpr, DTYPE: tl.constexpr):
+    """As ``decode`` of word r, for a thread that holds rows 2 q and 2 q + 1 side by side.
+
+    The halves of their words that hold field f are put together once, for 16 / bits fields, and then
+    decoded in pairs as if they were one word.
+    """
+    if TAG == NORMAL or DTYPE == tl.float32:
+        code = decode(word_of_row(w0, w1, w2, w3, r), f, table, TAG, DTYPE)
+    else:
+        HALF: tl.constexpr = columns_per_word(TAG) // 2
+        even = tl.where(r < 2, w0, w2)
+        odd = tl.where(r < 2, w1, w3)
+        low = (even & 0xFFFF) | (odd << 16)
+        high = (even >> 16) | (odd & 0xFFFF0000)
+        code = _half_of_pair(tl.where(f < HALF, low, high), f % HALF, r % 2, TAG, DTYPE)
+    return code
