@@ -23,22 +23,22 @@ struct FloatCodec {
     static constexpr int forward_steps = columns;
     static constexpr int patch_steps = kRowsPerPatch;
 
-    static inline __attribute__((always_inline)) Prepared prepare(U word) {
+    static NMKERN_INLINE Prepared prepare(U word) {
       return S::template prepare<F>(word);
     }
     template <int Field>
-    static inline __attribute__((always_inline)) Weight decode(const Prepared& word) {
+    static NMKERN_INLINE Weight decode(const Prepared& word) {
       return S::template decode<F, Field>(word);
     }
     // The word with its first `fields` fields shifted out.
-    static inline __attribute__((always_inline)) U skip(U word, int fields) {
+    static NMKERN_INLINE U skip(U word, int fields) {
       return S::shift_right(word, fields * (32 / columns));
     }
-    static inline __attribute__((always_inline)) void arrange_rows(U (&)[4]) {}
-    static inline __attribute__((always_inline)) Weight broadcast(const float* x) {
+    static NMKERN_INLINE void arrange_rows(U (&)[4]) {}
+    static NMKERN_INLINE Weight broadcast(const float* x) {
       return S::broadcast(x);
     }
-    static inline __attribute__((always_inline)) Weight fma(Weight w, Weight x, Weight sum) {
+    static NMKERN_INLINE Weight fma(Weight w, Weight x, Weight sum) {
       return S::fma(w, x, sum);
     }
   };

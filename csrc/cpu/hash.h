@@ -27,7 +27,7 @@ struct Rounds {
   V c0[2], c1[2], c2[2], c3[2];
 
   // Rounds 4 to 7, then even and odd lanes are merged.
-  __attribute__((always_inline)) void finish(Key key, typename S::U (&word)[4]) {
+  NMKERN_INLINE void finish(Key key, typename S::U (&word)[4]) {
     for (int round = 3; round < kRounds; ++round) {
       const V k0 = S::set1(key.k0 + uint32_t(round) * kWeyl0);
       const V k1 = S::set1(key.k1 + uint32_t(round) * kWeyl1);
@@ -63,7 +63,7 @@ class RowHasher {
     }
   }
 
-  __attribute__((always_inline)) void operator()(uint32_t c0, typename S::U (&word)[4]) const {
+  NMKERN_INLINE void operator()(uint32_t c0, typename S::U (&word)[4]) const {
     const Product r1(kMultiplier0, c0);
     const Product r2(kMultiplier1, r1.high ^ tag_ ^ key_.k1);
     const Product r3(kMultiplier0, r2.high ^ (key_.k0 + kWeyl0));
@@ -103,7 +103,7 @@ class ColumnHasher {
     }
   }
 
-  __attribute__((always_inline)) void operator()(uint32_t c1, typename S::U (&word)[4]) const {
+  NMKERN_INLINE void operator()(uint32_t c1, typename S::U (&word)[4]) const {
     const Product r2(kMultiplier0, c1 ^ key_.k0);
     const V mix = S::set1(r2.high ^ (key_.k1 + kWeyl1));
     const V k0 = S::set1(key_.k0 + 2 * kWeyl0);

@@ -16,6 +16,14 @@
 
 #include "../stream.h"
 
+#if defined(__SANITIZE_ADDRESS__)  // inlined by force, instrumented code takes the compiler four times as long
+#define NMKERN_INLINE inline
+#define NMKERN_FLAT
+#else
+#define NMKERN_INLINE inline __attribute__((always_inline))
+#define NMKERN_FLAT __attribute__((always_inline))  // of a lambda: its body stays in the caller's registers
+#endif
+
 namespace nmkern::cpu {
 
 constexpr int kVectors = 4;  // vectors of outputs that a micro-kernel holds accumulators for

@@ -1,6 +1,10 @@
 // Kernels for any CPU: GCC and Clang vector extensions of 16 bytes, which become SSE2, NEON or scalars.
 #include <cstring>
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "codec.h"
 #include "hash.h"
 #include "tables.h"
@@ -27,12 +31,8 @@ struct Portable {
   static NMKERN_INLINE V xor2(V a, V b) { return a ^ b; }
   static NMKERN_INLINE V xor3(V a, V b, V c) { return a ^ b ^ c; }
   static NMKERN_INLINE V high(V p) { return p >> 32; }
-  static NMKERN_INLINE V multiply(V a, uint32_t b) { return (a & 0xFFFFFFFFu) * uint64_t{b}; }
   static NMKERN_INLINE V lanes_from(uint32_t first, int odd) {
     return V{uint32_t(first + odd), uint32_t(first + 2 + odd)};
-  }
-  static NMKERN_INLINE U merge(V even, V odd) {
-    return U{uint32_t(even[0]), uint32_t(odd[0]), uint32_t(even[1]), uint32_t(odd[1])};
   }
 
   static NMKERN_INLINE U set_words(uint32_t v) { return U{v, v, v, v}; }
@@ -72,7 +72,22 @@ struct Portable {
   }
   static NMKERN_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
   static NMKERN_INLINE F broadcast(const float* p) { return F{*p, *p, *p, *p}; }
+
+#if defined(__aarch64__)
+  // GCC 12 multiplies and merges these element by element, and fuses nothing without being told: this takes
+  // 18 to 38 % fewer instructions (families and M from 1 to 32, counted in an emulator; not timed).
+  static NMKERN_INLINE V multiply(V a, uint32_t b) {
+    return (V)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
+  }
+  static NMKERN_INLINE U merge(V even, V odd) { return (U)vtrn1q_u32((uint32x4_t)even, (uint32x4_t)odd); }
+  static NMKERN_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+#else
+  static NMKERN_INLINE V multiply(V a, uint32_t b) { return (a & 0xFFFFFFFFu) * uint64_t{b}; }
+  static NMKERN_INLINE U merge(V even, V odd) {
+    return U{uint32_t(even[0]), uint32_t(odd[0]), uint32_t(even[1]), uint32_t(odd[1])};
+  }
   static NMKERN_INLINE F fma(F a, F b, F c) { return a * b + c; }
+#endif
 
   template <Family>
   static NMKERN_INLINE U prepare(U word) {

@@ -13,9 +13,6 @@
 
 #include "kernels.h"
 
-#define NMKERN_FLAT __attribute__((always_inline))  // of a lambda: its body stays in the caller's registers
-#define NMKERN_INLINE inline __attribute__((always_inline))
-
 namespace nmkern::cpu {
 namespace {  // a copy per instruction set: never merged by the linker
 

@@ -269,6 +269,25 @@ def test_narrow_dtypes_are_rounded_once(backend, dtype, kind):
         assert ((want.y - d).to(dtype) <= y).all() and (y <= (want.y + d).to(dtype)).all()
 
 
+def test_every_float16_is_read_and_rounded_to(backend):
+    """Each of the 2^16 values times a sign; and what lies at, beside and beyond the middle of two of them."""
+    matrix = exact_matrix("rademacher", 1, 1)
+    sign = matrix.materialize().item()
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)[:, None]
+    y = modulated_linear(every, matrix)
+    assert torch.equal(y.isnan(), every.isnan())
+    assert torch.equal(y.nan_to_num(), (every * sign).nan_to_num())
+
+    finite = every[every.isfinite()].float().unique()
+    middle = (finite[1:] + finite[:-1]) / 2  # exact, and a tie: 2^-25 and 65520 are such
+    middle = torch.cat([middle, torch.tensor([-65520.0, 65520.0, -1e9, 1e9, float("inf"), float("nan")])])
+    away = torch.full_like(middle, float("inf"))
+    gain = torch.cat([middle, middle.nextafter(away), middle.nextafter(-away)])[:, None]
+    y = modulated_linear(torch.full((len(gain), 1), sign, dtype=torch.float16), matrix, out_gain=gain)
+    assert torch.equal(y.isnan(), gain.isnan())
+    assert torch.equal(y.nan_to_num().view(torch.int16), gain.half().nan_to_num().view(torch.int16))
+
+
 # Shapes and layouts
 
 sizes = st.one_of(st.integers(1, 9), st.sampled_from([31, 32, 33, 63, 64, 65, 127, 130, 257]))
