@@ -58,11 +58,12 @@ def check(ours: torch.Tensor, reference: torch.Tensor, bound: float) -> float:
     return error
 
 
-def interleave(calls: Mapping[str, Call], seconds: float, least: int = 7) -> dict[str, Timing]:
-    """Time the calls in turn for about ``seconds`` in all, at least ``least`` rounds."""
+def interleave(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
+    """Time the calls in turn for about ``seconds``: at least 7 rounds, or 3 that are longer than that."""
+    start = time.perf_counter()
     for call in calls.values():
-        for _ in range(2):
-            call()
+        call()
+    least = 7 if time.perf_counter() - start < seconds else 3
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0

@@ -66,10 +66,28 @@ struct Avx2 {
   static NMKERN_INLINE F relu(F v) { return _mm256_max_ps(zero(), v); }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm256_i32gather_ps(x, index, 4); }
 
-  // to[j * kSparseRows + i] = from[i * kBatch + j] for lanes x kBatch
+  // to[j * To + i] = from[i * From + j] for lanes x kBatch, 8 x 8 at a time
+  template <int From, int To>
   static NMKERN_INLINE void transpose(const float* from, float* to) {
-    for (int j = 0; j < kBatch; ++j)
-      for (int i = 0; i < lanes; ++i) to[j * kSparseRows + i] = from[i * kBatch + j];
+    for (int half = 0; half < 2; ++half, from += 8, to += 8 * To) {
+      F a[8], b[8];
+      unroll<8>([&](auto i) NMKERN_FLAT { a[i] = load(from + i * From); });
+      unroll<4>([&](auto i) NMKERN_FLAT {
+        b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+      });
+      unroll<2>([&](auto i) NMKERN_FLAT {
+        a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+        a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xEE);
+        a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+        a[4 * i + 3] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xEE);
+      });
+      // a[4 i + c] holds columns c and c + 4 (its 128-bit lanes) of rows 4 i to 4 i + 3.
+      unroll<4>([&](auto c) NMKERN_FLAT {
+        store(to + c * To, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+        store(to + (c + 4) * To, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+      });
+    }
   }
 
   static NMKERN_INLINE U shift_right(U v, int bits) {

@@ -57,10 +57,11 @@ struct Avx512 {
   static NMKERN_INLINE F relu(F v) { return _mm512_max_ps(zero(), v); }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm512_i32gather_ps(index, x, 4); }
 
-  // to[j * kSparseRows + i] = from[i * kBatch + j] for 16 x 16
+  // to[j * To + i] = from[i * From + j] for 16 x 16
+  template <int From, int To>
   static NMKERN_INLINE void transpose(const float* from, float* to) {
     __m512 a[16], b[16];
-    unroll<16>([&](auto i) NMKERN_FLAT { a[i] = _mm512_load_ps(from + i * kBatch); });
+    unroll<16>([&](auto i) NMKERN_FLAT { a[i] = _mm512_loadu_ps(from + i * From); });
     unroll<8>([&](auto i) NMKERN_FLAT {
       b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
       b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
@@ -77,10 +78,10 @@ struct Avx512 {
       const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE);
       const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
       const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
-      store(to + c * kSparseRows, _mm512_shuffle_f32x4(low01, low23, 0x88));
-      store(to + (c + 4) * kSparseRows, _mm512_shuffle_f32x4(low01, low23, 0xDD));
-      store(to + (c + 8) * kSparseRows, _mm512_shuffle_f32x4(high01, high23, 0x88));
-      store(to + (c + 12) * kSparseRows, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+      store(to + c * To, _mm512_shuffle_f32x4(low01, low23, 0x88));
+      store(to + (c + 4) * To, _mm512_shuffle_f32x4(low01, low23, 0xDD));
+      store(to + (c + 8) * To, _mm512_shuffle_f32x4(high01, high23, 0x88));
+      store(to + (c + 12) * To, _mm512_shuffle_f32x4(high01, high23, 0xDD));
     });
   }
 

@@ -54,8 +54,10 @@ void fly_readout(const float* hidden, const float* gain, const float* weights, i
 }
 
 // hidden[unit][lane] *= sum over classes: weights[unit][class] * d_logits[class][lane]
+// Where there is a total, the products are added to it instead.
 template <class S>
-void fly_pullback(const float* d_logits, const float* weights, int64_t classes, float* hidden) {
+void fly_pullback(const float* d_logits, const float* weights, int64_t classes, float* hidden,
+                  float* total) {
   constexpr int kUnits = 4;  // chains of dependent sums that run side by side
   for (int64_t h = 0; h < kSparseRows; h += kUnits, weights += kUnits * classes) {
     Batch<S> sum[kUnits] = {};
@@ -73,7 +75,9 @@ void fly_pullback(const float* d_logits, const float* weights, int64_t classes, 
       unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
         value.part[p] = S::multiply(value.part[p], sum[u].part[p]);
       });
-      value.store(hidden + (h + u) * kBatch);
+      float* to = (total ? total : hidden) + (h + u) * kBatch;
+      if (total) value += Batch<S>::load(to);
+      value.store(to);
     });
   }
 }

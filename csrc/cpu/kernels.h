@@ -64,21 +64,25 @@ constexpr int kBatch = 16;       // rows of the batch that share a drawn column
 // outside of the view is `cols`, where x has a zero and y a slot that nobody reads.
 struct SparseKernels {
   void (*draw)(const SparseRows& rows, uint32_t* columns);
-  // tile[kBatch][kSparseRows] from x[cols + 1][kBatch]
-  void (*gather)(const uint32_t* columns, int64_t fan_in, const float* x, float* tile);
+  // tile[kBatch][kSparseRows] = factor * the sums, from x[cols + 1][kBatch]
+  void (*gather)(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* tile);
   // sums[kSparseRows] from x[cols + 1]
   void (*gather_one)(const uint32_t* columns, int64_t fan_in, const float* x, float* sums);
   // y[cols + 1][kBatch] += x[rows][kBatch], at most kSparseRows rows
   void (*scatter)(const uint32_t* columns, int64_t fan_in, int64_t rows, const float* x, float* y);
+  // Between rows of the batch and lanes: [kBatch][kSparseRows] to [kSparseRows][kBatch], and back.
+  void (*to_lanes)(const float* rows, float* lanes);
+  void (*from_lanes)(const float* lanes, float* rows);
 };
 
-// See flynet_tile.h; hidden is [kSparseRows][kBatch], weights [kSparseRows][classes].
+// See flynet_tile.h; hidden and total are [kSparseRows][kBatch], weights [kSparseRows][classes].
 struct FlyKernels {
   void (*hidden)(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean,
                  float factor, float* hidden);
   void (*readout)(const float* hidden, const float* gain, const float* weights, int64_t units,
                   int64_t classes, float* sums);
-  void (*pullback)(const float* d_logits, const float* weights, int64_t classes, float* hidden);
+  void (*pullback)(const float* d_logits, const float* weights, int64_t classes, float* hidden,
+                   float* total);
 };
 
 struct Kernels {

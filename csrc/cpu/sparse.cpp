@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kColumnBytes = 4 << 20;  // bounds the drawn columns that are held at a time
 constexpr int64_t kBlockBytes = 16 << 20;  // bounds the transposed x and sums
-constexpr int64_t kRun = 64;               // inputs or outputs that are transposed at a time
 constexpr int64_t kFewRows = 4;            // of the batch: row by row beats 16 lanes of mostly padding
 constexpr int64_t kCompared = 1024;  // draws that are checked for repeats by comparing; beyond, by a set
 
@@ -87,11 +86,12 @@ void Launch::forward(int64_t groups_at_once, uint32_t* columns) const {
         alignas(64) float tile[kBatch * kSparseRows];
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / now, g = task % now;
-          k.sparse.gather(columns + g * group_columns(), call.fan_in, x + b * block_floats, tile);
+          k.sparse.gather(columns + g * group_columns(), call.fan_in, x + b * block_floats, call.factor,
+                          tile);
           const int64_t m = (b0 + b) * kBatch, n = (g0 + g) * kSparseRows;
           const int64_t outputs = std::min<int64_t>(kSparseRows, call.rows - n);
           for (int64_t lane = 0; lane < std::min<int64_t>(kBatch, call.batch - m); ++lane)
-            write_scaled(m + lane, n, outputs, tile + lane * kSparseRows);
+            write_row(call.y, m + lane, n, outputs, tile + lane * kSparseRows);
         }
       });
     }
@@ -125,7 +125,9 @@ void Launch::forward_rows(int64_t groups_at_once, uint32_t* columns) const {
 
 void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
   const int64_t blocks = (call.batch + kBatch - 1) / kBatch;
-  const int64_t in_floats = (call.rows + 1) * kBatch, out_floats = (call.cols + 1) * kBatch;
+  const int64_t in_floats = (call.rows + 1) * kBatch;
+  // Whole runs, so that the last one can be transposed like the others.
+  const int64_t out_floats = (round_up(call.cols, kSparseRows) + 1) * kBatch;
   const int64_t at_once =
       std::clamp<int64_t>(kBlockBytes / 4 / (in_floats + out_floats), 1, blocks);
   auto* x = static_cast<float*>(allocate(at_once * in_floats * 4));
@@ -156,16 +158,15 @@ void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
       });
     }
     parallel_for(runtime, count, grain(out_floats), [&](int64_t begin, int64_t end) {
-      float row[kRun];
+      alignas(64) float tile[kBatch * kSparseRows];
       for (int64_t b = begin; b < end; ++b) {
         const float* from = y + b * out_floats;
         const int64_t m = (b0 + b) * kBatch;
-        for (int64_t n = 0; n < call.cols; n += kRun) {
-          const int64_t outputs = std::min(kRun, call.cols - n);
-          for (int64_t lane = 0; lane < std::min<int64_t>(kBatch, call.batch - m); ++lane) {
-            for (int64_t j = 0; j < outputs; ++j) row[j] = from[(n + j) * kBatch + lane];
-            write_scaled(m + lane, n, outputs, row);
-          }
+        for (int64_t n = 0; n < call.cols; n += kSparseRows) {
+          const int64_t outputs = std::min<int64_t>(kSparseRows, call.cols - n);
+          k.sparse.from_lanes(from + n * kBatch, tile);
+          for (int64_t lane = 0; lane < std::min<int64_t>(kBatch, call.batch - m); ++lane)
+            write_scaled(m + lane, n, outputs, tile + lane * kSparseRows);
         }
       }
     });
@@ -185,13 +186,16 @@ void draw_columns(const Sparse& call, const Runtime& runtime, int64_t first, int
 }
 
 void transpose_rows(const Matrix& a, int64_t m, int64_t rows, int64_t cols, float* to) {
-  float row[kRun];
-  if (rows < kBatch) std::fill_n(to, cols * kBatch, 0.0f);
-  for (int64_t i = 0; i < cols; i += kRun) {
-    const int64_t count = std::min(kRun, cols - i);
-    for (int64_t lane = 0; lane < rows; ++lane) {
-      read_row(a, m + lane, i, count, row);
-      for (int64_t j = 0; j < count; ++j) to[(i + j) * kBatch + lane] = row[j];
+  const Kernels& k = kernels();
+  alignas(64) float tile[kBatch * kSparseRows] = {}, last[kSparseRows * kBatch];
+  for (int64_t i = 0; i < cols; i += kSparseRows) {
+    const int64_t count = std::min<int64_t>(kSparseRows, cols - i);
+    for (int64_t lane = 0; lane < rows; ++lane) read_row(a, m + lane, i, count, tile + lane * kSparseRows);
+    if (count == kSparseRows) {
+      k.sparse.to_lanes(tile, to + i * kBatch);
+    } else {
+      k.sparse.to_lanes(tile, last);
+      std::copy_n(last, count * kBatch, to + i * kBatch);
     }
   }
   std::fill_n(to + cols * kBatch, kBatch, 0.0f);

@@ -50,18 +50,20 @@ void draw(const SparseRows& rows, uint32_t* columns) {
   }
 }
 
-// tile[lane of the batch][row] = sum over the row's columns k: x[k][lane]
+// tile[lane of the batch][row] = factor * sum over the row's columns k: x[k][lane]
 template <class S>
-void gather(const uint32_t* columns, int64_t fan_in, const float* x, float* tile) {
+void gather(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* tile) {
   alignas(64) float rows[S::lanes][kBatch];
+  const auto scale = S::broadcast(&factor);
   for (int64_t first = 0; first < kSparseRows; first += S::lanes, columns += fan_in * S::lanes) {
     for (int lane = 0; lane < S::lanes; ++lane) {
       auto sum = Batch<S>::load(x + int64_t{columns[lane]} * kBatch);
       for (int64_t s = 1; s < fan_in; ++s)
         sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
+      unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT { sum.part[i] = S::multiply(sum.part[i], scale); });
       sum.store(rows[lane]);
     }
-    S::transpose(rows[0], tile + first);
+    S::template transpose<kBatch, kSparseRows>(rows[0], tile + first);
   }
 }
 
@@ -92,8 +94,21 @@ void gather_one(const uint32_t* columns, int64_t fan_in, const float* x, float* 
 }
 
 template <class S>
+void to_lanes(const float* rows, float* lanes) {
+  for (int m = 0; m < kBatch; m += S::lanes)
+    for (int k = 0; k < kSparseRows; k += kBatch)
+      S::template transpose<kSparseRows, kBatch>(rows + m * kSparseRows + k, lanes + k * kBatch + m);
+}
+
+template <class S>
+void from_lanes(const float* lanes, float* rows) {
+  for (int k = 0; k < kSparseRows; k += S::lanes)
+    S::template transpose<kBatch, kSparseRows>(lanes + k * kBatch, rows + k);
+}
+
+template <class S>
 constexpr SparseKernels sparse_kernels() {
-  return {draw<S>, gather<S>, gather_one<S>, scatter<S>};
+  return {draw<S>, gather<S>, gather_one<S>, scatter<S>, to_lanes<S>, from_lanes<S>};
 }
 
 }  // namespace
