@@ -184,6 +184,20 @@ def test_a_batch_larger_than_any_scratch(backend, threads):
     check_exactly(x, matrix, {**named, "context": torch.randint(T, (70,), generator=g)}, dy)
 
 
+def test_a_batch_of_more_rows_than_a_tile_is_generated_for(backend, threads):
+    """530 rows with many tiles in both directions; every sum is at most M * N = 1.2e6 < 2^24."""
+    if backend == "triton":
+        pytest.skip("the interpreter takes minutes; its tiles hold few rows in any case")
+    threads(2, backend)
+    g = generator(0)
+    for n, k in ((2100, 66), (66, 2100)):
+        x, dy = integers((530, k), 1, g), integers((530, n), 1, g)
+        context = torch.randint(T, (530,), generator=g)
+        named = {"in_gain": signs((T, k), g), "out_gain": signs((T, n), g), "context": context}
+        check_exactly(x, exact_matrix("rademacher", n, k), named, dy)
+        check_exactly(x, exact_matrix("rademacher", n, k), {}, dy)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factor_gain_and_bias_are_rounded_one_after_the_other(backend, family):
     """y = fl(fl(fl(S * factor) * out_gain) + bias) with S an exact integer: no fused multiply-add."""
