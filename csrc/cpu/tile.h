@@ -5,7 +5,7 @@
 // Up to twice `max_block` rows of x: weights go from the decoder straight into the multiply.
 // More rows: a block of weights is decoded into a tile in L1 and multiplied with every row block.
 // At that border, uniform in float32, 8192 x 8192 on 2 threads: AVX2 (Zen 3) M = 6 7.2 ms, 8 10.1, 12 13.5;
-// a tile for all M > 2 would take 6.2 at M = 4 (fused 5.9), and fusing more rows has no registers.
+// a tile for all M > 2 took 6.2 at M = 4 where fusing takes 5.3, and fusing more rows has no registers.
 // The policy S gives: U (32-bit words), F (floats), lanes, max_block, hashers, decoders, fma.
 #pragma once
 
