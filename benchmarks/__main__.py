@@ -19,10 +19,11 @@ def main() -> None:
     resources.add_argument("--out", type=Path, default=RESULTS / "triton_resources.json")
     args = parser.parse_args()
     if args.command == "cpu":
+        from benchmarks.clocks import HostClock
         from benchmarks.cpu import run
         from benchmarks.harness import Report
 
-        run(Report(args.out), args.quick)
+        run(Report(args.out, HostClock()), args.quick)
     elif args.command == "resources":
         from benchmarks.resources import run as measure
 
