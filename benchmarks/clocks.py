@@ -6,6 +6,7 @@ and 20/80 percentiles come from those interleaved rounds and are per call. All e
 """
 
 import contextlib
+import functools
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -163,6 +164,10 @@ class CudaClock:
 
     def machine(self) -> dict[str, object]:
         """As ``HostClock.machine``."""
+        return self._machine
+
+    @functools.cached_property
+    def _machine(self) -> dict[str, object]:
         device = torch.cuda.get_device_properties()
         return {
             "gpu": device.name,

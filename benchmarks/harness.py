@@ -91,7 +91,7 @@ class Report:
         calls: int = 1,
         clock: Clock | None = None,
     ) -> dict[str, float]:
-        """Time ``ours`` against ``rivals`` (``calls`` of each at a time); write the row, return the ratios."""
+        """Time ``ours`` against ``rivals``, ``calls`` at a time; write the row, return the ratios."""
         peak = self.clock.peak_bytes(ours)
         timings = (clock or self.clock).time({"ours": ours, **rivals}, seconds, calls)
         ours_median = timings["ours"].median
