@@ -38,14 +38,16 @@ class Choices:
 
     def tile(self, key: str, candidates: Sequence[Tile], seconds: Callable[[Tile], float]) -> Tile:
         """The choice for a class: known, or the one of least ``seconds``, which is then written."""
-        known = self._known.get(key)
-        if known not in candidates:  # never seen, or by a version with other candidates
+        known = self.known(key, candidates)
+        if known is None:
             known = self._known[key] = min(candidates, key=seconds)
             self._write()
         return known
 
-    def known(self, key: str) -> Tile | None:
-        return self._known.get(key)
+    def known(self, key: str, candidates: Sequence[Tile]) -> Tile | None:
+        """The choice for a class; None where there is none, or one that is no candidate any more."""
+        known = self._known.get(key)
+        return known if known in candidates else None
 
     def _read(self) -> dict[str, Tile]:
         # A file that is missing, cut off or of another kind costs a measurement, not an error.
@@ -80,8 +82,7 @@ def tile_for(
     """The tile for a call of class ``key`` on a CUDA device, timed with ``launch`` if it is not known."""
     made = choices(torch.cuda.get_device_name(device))
     if torch.cuda.is_current_stream_capturing():  # no place to wait for a measurement: it is not kept
-        known = made.known(key)
-        return known if known in candidates else candidates[0]
+        return made.known(key, candidates) or candidates[0]
     return made.tile(key, candidates, lambda tile: seconds_of(lambda: launch(tile)))
 
 
