@@ -79,15 +79,15 @@ def check_candidates(served_by, tag, transposed, rows, outputs, reduction, dtype
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_candidates_give_the_same_bits(served_by, transposed):
-    check_candidates(served_by, 0x102, transposed, 3, 301, 550, torch.float32, stride=3)
+    check_candidates(served_by, 0x102, transposed, 3, 140, 550, torch.float32, stride=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [5, 20, 70])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
-def test_all_candidates_give_the_same_bits(served_by, tag, transposed, rows):
-    check_candidates(served_by, tag, transposed, rows, 300, 550, torch.float32)
+def test_candidates_of_larger_batches_give_the_same_bits(served_by, tag, transposed):
+    """Every other one: the interpreter takes some ten seconds for each. On a GPU, all of them (below)."""
+    check_candidates(served_by, tag, transposed, 33, 140, 290, torch.float32, stride=2)
 
 
 @pytest.mark.gpu
