@@ -1,8 +1,10 @@
-"""``python -m benchmarks cpu [--quick] [--out FILE]`` measures, ``python -m benchmarks report`` writes
-the README's results from the committed rows, ``python -m benchmarks resources`` compiles the Triton kernels.
+"""``python -m benchmarks cpu [--quick] [--out FILE]`` measures, ``python -m benchmarks gpu --out DIR`` tests
+and measures on a GPU, ``python -m benchmarks report`` writes the README's results from the committed rows,
+``python -m benchmarks resources`` compiles the Triton kernels.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -14,15 +16,25 @@ def main() -> None:
     cpu = commands.add_parser("cpu", help="the CPU kernels against stored weights")
     cpu.add_argument("--quick", action="store_true", help="a minute: small sizes, few batches")
     cpu.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
+    gpu = commands.add_parser("gpu", help="tests and rows that need an NVIDIA GPU")
+    gpu.add_argument("--quick", action="store_true", help="few sizes and batches, for a first look")
+    gpu.add_argument("--out", type=Path, required=True, help="folder for tests.txt, rows.jsonl, table.txt")
+    gpu.add_argument("--minutes", type=float, default=8, help="for all of it; rows that do not fit are left")
+    gpu.add_argument("--commit", help="what rows name as their commit, where the checkout has no history")
     commands.add_parser("report", help="rebuild the README's table and figure from benchmarks/results")
     resources = commands.add_parser("resources", help="what the Triton kernels compile to, without a GPU")
     resources.add_argument("--out", type=Path, default=RESULTS / "triton_resources.json")
     args = parser.parse_args()
     if args.command == "cpu":
+        from benchmarks.clocks import HostClock
         from benchmarks.cpu import run
         from benchmarks.harness import Report
 
-        run(Report(args.out), args.quick)
+        run(Report(args.out, HostClock()), args.quick)
+    elif args.command == "gpu":
+        from benchmarks import gpu as on_gpu
+
+        sys.exit(on_gpu.run(args.out, args.quick, args.minutes, args.commit))
     elif args.command == "resources":
         from benchmarks.resources import run as measure
 

@@ -1,10 +1,9 @@
-"""How a figure is measured, checked and written.
+"""How a figure is checked and written, whatever clock measures it.
 
     ratio = median time of the rival / median time of ours
 
-Variants are called in turn, ours and its rivals, so that drift of the machine hits all alike; medians
-and 20/80 percentiles come from those interleaved calls. The invariant: nothing is timed before its result
-has been compared with the reference, and every row says where and from what it was measured.
+The invariant: nothing is timed before its result has been compared with the reference, every row says
+where and from what it was measured, and a row is on disk before the next one begins.
 """
 
 import datetime
@@ -12,20 +11,18 @@ import functools
 import json
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import nmkern
+from benchmarks.clocks import Call, CudaClock, HostClock
 from nmkern import stream
-from nmkern.backends import cpu
-from nmkern.cli.machine import cpu_model, versions
+from nmkern.cli.machine import versions
 
-Call = Callable[[], object]
+Clock = HostClock | CudaClock
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,6 @@ class Case:
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Timing:
-    median: float
-    p20: float
-    p80: float
-
-
 def check(ours: torch.Tensor, reference: torch.Tensor, bound: float) -> float:
     """The relative Frobenius error; AssertionError where it exceeds ``bound``."""
     reference = reference.double()
@@ -58,101 +48,76 @@ def check(ours: torch.Tensor, reference: torch.Tensor, bound: float) -> float:
     return error
 
 
-def interleave(calls: Mapping[str, Call], seconds: float) -> dict[str, Timing]:
-    """Time the calls in turn for about ``seconds``: at least 7 rounds, or 3 that are longer than that."""
-    start = time.perf_counter()
-    for call in calls.values():
-        call()
-    least = 7 if time.perf_counter() - start < seconds else 3
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least or time.perf_counter() < end:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            samples[name].append(time.perf_counter() - start)
-        rounds += 1
-    return {name: Timing(*(float(v) for v in np.percentile(s, (50, 20, 80)))) for name, s in samples.items()}
-
-
-def repeated(call: Call, times: int) -> Call:
-    """``call`` several times over, for calls that are shorter than a clock can tell."""
-
-    def run() -> None:
-        for _ in range(times):
-            call()
-
-    return run
-
-
-def peak_bytes(call: Call) -> int:
-    """The most that PyTorch's allocator held during ``call`` beyond what it held before."""
-    call()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 @functools.cache
 def provenance() -> dict[str, object]:
-    """Where a row comes from: commit, machine, versions, kernel, date."""
-    root = Path(__file__).parents[1]
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-    dirty = subprocess.run([*git, "status", "--porcelain", "nmkern", "csrc"], capture_output=True, text=True)
+    """Where a row comes from, beside the machine: commit, system, versions, date."""
     return {
-        "commit": commit.strip() + ("-dirty" if dirty.stdout.strip() else ""),
+        "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "cpu": cpu_model(),
         "system": platform.platform(terse=True),
-        "threads": torch.get_num_threads(),
-        "kernel": cpu.kernel(),
         "stream": stream.VERSION,
         "versions": {**versions(), "nmkern": nmkern.__version__},
     }
 
 
+def _commit() -> str:
+    """The commit of this checkout, or "unknown" where it came without its history."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        changes = [*git, "status", "--porcelain", "nmkern", "csrc"]
+        dirty = subprocess.run(changes, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return "unknown"
+    return (head.stdout.strip() or "unknown") + ("-dirty" if dirty else "")
+
+
 class Report:
     """Rows as JSON lines, appended, and a line of text for each."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, clock: Clock, commit: str | None = None) -> None:
         self.path = path
+        self.clock = clock
+        self.commit = commit
         self.rows: list[dict[str, object]] = []
 
     def measure(
-        self, case: Case, ours: Call, rivals: Mapping[str, Call], error: float, seconds: float, calls: int = 1
+        self,
+        case: Case,
+        ours: Call,
+        rivals: Mapping[str, Call],
+        error: float,
+        seconds: float,
+        calls: int = 1,
+        clock: Clock | None = None,
     ) -> dict[str, float]:
-        """Time ``ours`` against ``rivals`` (each ``calls`` times); write the row, return the ratios."""
-        peak = peak_bytes(ours)
-        variants = {"ours": ours, **rivals}
-        timings = interleave({name: repeated(call, calls) for name, call in variants.items()}, seconds)
-        scaled = {
-            name: {key: value / calls for key, value in asdict(timing).items()}
-            for name, timing in timings.items()
-        }
-        ours_median = scaled["ours"]["median"]
-        ratios = {name: scaled[name]["median"] / ours_median for name in rivals}
-        row = {
-            **asdict(case),
-            "seconds": scaled,
-            "ratios": ratios,
-            "weights_per_second": case.weights / ours_median,
-            "peak_bytes": peak,
-            "relative_error": error,
-            **provenance(),
-        }
-        self.rows.append(row)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        """Time ``ours`` against ``rivals``, ``calls`` at a time; write the row, return the ratios."""
+        peak = self.clock.peak_bytes(ours)
+        timings = (clock or self.clock).time({"ours": ours, **rivals}, seconds, calls)
+        ours_median = timings["ours"].median
+        ratios = {name: timings[name].median / ours_median for name in rivals}
+        self.write(
+            {
+                **asdict(case),
+                "seconds": {name: asdict(timing) for name, timing in timings.items()},
+                "ratios": ratios,
+                "weights_per_second": case.weights / ours_median,
+                "peak_bytes": peak,
+                "relative_error": error,
+            }
+        )
         told = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
         goal = "" if case.target is None else f"  (target {case.target:g})"
         shape = f"{case.name:<22} M={case.m:<5} {case.k} -> {case.n} {case.dtype} {case.family}"
         print(f"{shape:<70} {1e3 * ours_median:9.3f} ms   {told}{goal}", flush=True)
         return ratios
+
+    def write(self, row: dict[str, object]) -> None:
+        """Keep a row, with where it comes from, and append it to the file."""
+        row = {**row, **provenance(), **self.clock.machine()}
+        if self.commit is not None:
+            row["commit"] = self.commit
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")

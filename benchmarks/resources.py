@@ -102,7 +102,7 @@ def _longest_loop(code: str) -> int:
     return longest
 
 
-def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int):
+def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int, stages: int = 2):
     """Compile for int32 sizes; ``given`` are constants, pointers that are not given are None."""
     signature, constants = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -117,13 +117,21 @@ def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int,
         if signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": 2, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _compile_product(arch: int, family: str, transposed: bool, batch: int, dtype: str, banks: bool = False):
+def _compile_product(
+    arch: int,
+    family: str,
+    transposed: bool,
+    batch: int,
+    dtype: str,
+    banks: bool = False,
+    tile: configs.Tile | None = None,
+):
     tag = stream.DENSE_FAMILIES[family].tag
-    tile, step = configs.tile_of(tag, transposed, batch, banks), configs.REDUCTION[tag][transposed]
+    tile, step = tile or configs.tile_of(tag, transposed, batch, banks), configs.REDUCTION[tag][transposed]
     split = dtype == "float32" or banks
     operand = "bfloat16" if split else dtype
     partial = batch <= 16 and not banks  # small batches are split, large ones modulate in the kernel
@@ -138,7 +146,7 @@ def _compile_product(arch: int, family: str, transposed: bool, batch: int, dtype
         pointers |= {"out_gain": "*fp32", "bias": "*fp32"}
     if banks:
         pointers |= {"in_gain": "*fp32", "out_gain": "*fp32", "bias": "*fp32", "context": "*i64"}
-    compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps)
+    compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, tile.stages)
     return compiled, tile.outputs * step / (32 * tile.warps)
 
 

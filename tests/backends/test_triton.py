@@ -100,7 +100,7 @@ def test_a_plan_does_not_depend_on_values():
     assert small is launch._plan(args, 1, torch.bfloat16, False, False, False)
     assert small.splits == 16  # 16 blocks of 256 outputs: 256 programs on 132 multiprocessors
     large = launch._plan(args, 4096, torch.bfloat16, False, False, False)
-    assert (large.splits, large.m_blocks, large.o_blocks) == (1, 64, 16)
+    assert (large.splits, large.grid) == (1, (64 * 16,))
 
 
 @pytest.mark.parametrize("tag", configs.REDUCTION)

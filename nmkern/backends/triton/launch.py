@@ -3,13 +3,14 @@
     chunks of the batch -> product_kernel, the reduction in one or several splits -> finish_kernel
 
 What follows from the matrix, the dtype and the shape alone is worked out once and kept (``_plan``). The
-invariant: scratch is bounded by ``SCRATCH`` bytes whatever the layer's size, and nothing here waits for
-the device or reads from it, so that calls can be captured in a CUDA graph.
+invariant: scratch is bounded by ``SCRATCH`` bytes whatever the layer's size; the split follows from the
+shape alone, so no tile changes a bit; and nothing here waits for the device or reads from it, so that calls
+can be captured in a CUDA graph (but for NMKERN_TRITON_AUTOTUNE, which times the first call of its class).
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from nmkern import stream
 from nmkern.backends import primitives
-from nmkern.backends.triton import configs, dense
+from nmkern.backends.triton import autotune, configs, dense
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -39,15 +40,17 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 class Plan:
     """What a launch needs that does not depend on tensors."""
 
+    request: tuple  # what it is the plan of: the arguments of ``_plan``
     tile: configs.Tile
     outputs: int
     reduction: int
-    o_blocks: int
-    m_blocks: int
-    chunk: int
     splits: int
-    counters: tuple[int, ...]  # k0 and k1, then first counter and skip of outputs and reduction
-    constants: dict[str, Any]
+    grid: tuple[int]
+    # The kernel's arguments from N to o_blocks: outputs, reduction; k0 and k1; first counter and skip of
+    # outputs and of the reduction; chunk, m_blocks, o_blocks.
+    numbers: tuple[int, ...]
+    table: torch.dtype
+    constants: dict[str, Any]  # and the launch's options
 
 
 def _signed32(value: int) -> int:
@@ -55,15 +58,26 @@ def _signed32(value: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(matrix: tuple, batch: int, dtype: torch.dtype, gained: bool, banks: bool, tf32: bool) -> Plan:
-    """The plan of a product: is there an in_gain, have out_gain or bias several rows, may tf32 be used."""
+def _plan(
+    matrix: tuple,
+    batch: int,
+    dtype: torch.dtype,
+    gained: bool,
+    banks: bool,
+    tf32: bool,
+    tile: configs.Tile | None = None,
+) -> Plan:
+    """The plan of a product: is there an in_gain, have out_gain or bias several rows, may tf32 be used.
+
+    ``tile``: another than the frozen table's; splits are the same with any.
+    """
     tag, seed, row_offset, col_offset, rows, cols, transposed = matrix
     width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
-    tile = configs.tile_of(tag, transposed, batch, banks)
+    tile = tile or configs.tile_of(tag, transposed, batch, banks)
     by_row, by_col = (divmod(row_offset, 4), rows), (divmod(col_offset, width), cols)
     (o_place, outputs), (r_place, reduction) = (by_col, by_row) if transposed else (by_row, by_col)
     per_unit, per_unit_r = (width, 4) if transposed else (4, width)
-    o_units = -(-(o_place[1] + outputs) // per_unit)
+    o_units = triton.cdiv(o_place[1] + outputs, per_unit)
     if transposed:
         o_blocks = triton.cdiv(o_units, tile.outputs // tile.fields) * (width // tile.fields)
     else:
@@ -72,7 +86,7 @@ def _plan(matrix: tuple, batch: int, dtype: torch.dtype, gained: bool, banks: bo
     steps = triton.cdiv(r_place[1] + reduction, step)
     assert step % per_unit_r == 0
     m_blocks = triton.cdiv(batch, tile.batch)
-    wanted = max(1, min(_PROGRAMS // (o_blocks * m_blocks), steps // _LEAST_STEPS))
+    wanted = max(1, min(_PROGRAMS // configs.blocks(outputs, batch), steps // _LEAST_STEPS))
     wanted = max(1, min(wanted, SCRATCH // (4 * batch * outputs)))
     chunk = triton.cdiv(steps, wanted)
     splits = triton.cdiv(steps, chunk)
@@ -89,9 +103,33 @@ def _plan(matrix: tuple, batch: int, dtype: torch.dtype, gained: bool, banks: bo
         "BR": step,
         "BM": tile.batch,
         "WARPS": tile.warps,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": False,
     }
-    counters = (_signed32(key[0]), _signed32(key[1]), *places)
-    return Plan(tile, outputs, reduction, o_blocks, m_blocks, chunk, splits, counters, constants)
+    numbers = (outputs, reduction, *(_signed32(half) for half in key), *places, chunk, m_blocks, o_blocks)
+    request = (matrix, batch, dtype, gained, banks, tf32)
+    grid = (m_blocks * o_blocks * splits,)
+    return Plan(request, tile, outputs, reduction, splits, grid, numbers, operand, constants)
+
+
+def _tuned(plan: Plan, device: torch.device, launch: Callable[[Plan], object]) -> Plan:
+    """The plan with the tile that NMKERN_TRITON_AUTOTUNE chooses; ``launch`` is what it times."""
+    key, candidates = _class_of(plan.request)
+    tile = autotune.tile_for(device, key, candidates, lambda tile: launch(_plan(*plan.request, tile)))
+    return _plan(*plan.request, tile)
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_of(request: tuple) -> tuple[str, tuple[configs.Tile, ...]]:
+    """What timings are kept under (equal for calls that one tile should serve), and the tiles to time."""
+    matrix, batch, dtype, gained, banks, tf32 = request
+    plan, tag, transposed = _plan(*request), matrix[0], matrix[-1]
+    said = {"transposed": transposed, "gained": gained, "banks": banks, "tf32": tf32}
+    words = [f"{tag:#x}", str(dtype).removeprefix("torch."), *(word for word, so in said.items() if so)]
+    sizes = {"M": batch, "N": plan.outputs, "K": plan.reduction}
+    words += [f"{letter}{triton.next_power_of_2(size)}" for letter, size in sizes.items()]
+    return " ".join(words), configs.candidates(tag, transposed, batch, banks)
 
 
 def _operand(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, bool]:
@@ -118,13 +156,8 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            yield
-    else:
-        yield
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _strides(bank: Tensor | None) -> tuple[int, int]:
@@ -140,40 +173,23 @@ def _contexts(bank: Tensor | None) -> int:
 
 def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
     """Launch product_kernel on rows that one plan covers."""
-    operand = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}
-    grid = (plan.m_blocks * plan.o_blocks * plan.splits,)
-    dense.product_kernel[grid](
-        x,
-        in_gain,
-        out_gain,
-        bias,
-        context,
-        y,
-        _table(x.device, operand[plan.constants["DTYPE"]]),
-        factor,
-        x.shape[0],
-        plan.outputs,
-        plan.reduction,
-        *plan.counters,
-        plan.chunk,
-        plan.m_blocks,
-        plan.o_blocks,
-        _contexts(in_gain),
-        _contexts(out_gain),
-        _contexts(bias),
+    in_contexts, out_contexts, bias_contexts = _contexts(in_gain), _contexts(out_gain), _contexts(bias)
+    tensors = (x, in_gain, out_gain, bias, context, y, _table(x.device, plan.table), factor, x.shape[0])
+    layout = (
+        *(in_contexts, out_contexts, bias_contexts),
         *x.stride(),
         *_strides(in_gain),
         *_strides(out_gain),
         *_strides(bias),
-        IN_BANK=_contexts(in_gain) > 1,
-        OUT_BANK=_contexts(out_gain) > 1,
-        BIAS_BANK=_contexts(bias) > 1,
-        PARTIAL=partial,
-        **plan.constants,
-        num_warps=plan.tile.warps,
-        num_stages=2,
-        enable_fp_fusion=False,
+        *(in_contexts > 1, out_contexts > 1, bias_contexts > 1),
     )
+
+    def launch(plan: Plan) -> None:
+        dense.product_kernel[plan.grid](*tensors, *plan.numbers, *layout, PARTIAL=partial, **plan.constants)
+
+    if autotune.enabled(x.device):
+        plan = _tuned(plan, x.device, launch)
+    launch(plan)
 
 
 def _finish(

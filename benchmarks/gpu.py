@@ -1,0 +1,115 @@
+"""``python -m benchmarks gpu --out DIR [--quick]``: everything that needs a GPU, in one command.
+
+    CUDA device? -> native library, built in place if missing -> the GPU tests -> the GPU's rows -> a table
+
+Runs from a checkout, installed or not. DIR gets tests.txt (what pytest said), rows.jsonl (appended row
+by row) and table.txt. Nothing is measured unless every GPU test ran and passed; the exit status is 0 only
+if all that and every row that was tried went well. Rows that no longer fit into the time are listed.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+MINUTES = 8.0
+GPU_TESTS = ("-m", "gpu", "tests")
+_TESTS_SHARE = 0.6  # of the time, at most: the rest is for the rows
+
+
+def require_device() -> None:
+    """RuntimeError where PyTorch finds no CUDA device."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "gpu: expected a CUDA device, PyTorch finds none "
+            f"(torch {torch.__version__}, built for CUDA {torch.version.cuda}): run this where there is an "
+            "NVIDIA GPU, or `python -m benchmarks cpu` here"
+        )
+
+
+def build() -> None:
+    """The native CPU library, beside its package, where it is not there yet."""
+    if (ROOT / "nmkern/_native.so").exists():
+        return
+    print("building the native CPU library", flush=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if not (ROOT / "nmkern/_native.so").exists():  # the GPU's rows do without
+        print(f"it was not built; going on:\n{done.stdout}{done.stderr}", flush=True)
+
+
+def tests_refused(out: Path, seconds: float, tests: Sequence[str]) -> str | None:
+    """Run ``tests`` with pytest, output to ``out``/tests.txt; why they do not count as passed, or None.
+
+    A test that is skipped does not count: on this machine nothing is missing that could excuse it.
+    """
+    results = out / "tests.xml"
+    results.unlink(missing_ok=True)
+    workers = ("-n", "auto", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("NMKERN_") and k != "TRITON_INTERPRET"}
+    ours["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # addopts asks for xdist, which may not be there.
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-rs", "--strict-markers"]
+    command = [*pytest, *workers, f"--junitxml={results.resolve()}", *tests]
+    with (out / "tests.txt").open("w") as file:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=ours, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+            )
+        except subprocess.TimeoutExpired:
+            return f"they took more than {seconds:.0f} s"
+    if not results.exists():
+        return f"pytest ended with {done.returncode}"
+    suite = ElementTree.parse(results).getroot().find("testsuite")
+    assert suite is not None
+    counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    print("GPU tests: " + ", ".join(f"{count} {key}" for key, count in counts.items()), flush=True)
+    if counts["tests"] == 0:
+        return "none was collected"
+    if done.returncode != 0 or counts["failures"] or counts["errors"]:
+        return f"pytest ended with {done.returncode}"
+    return f"{counts['skipped']} were skipped" if counts["skipped"] else None
+
+
+def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = None) -> int:
+    """The whole command; its exit status. RuntimeError where there is no CUDA device.
+
+    ``quick``: few sizes and batches; ``minutes``: for all of it; ``commit``: where there is no history.
+    """
+    start = time.monotonic()
+    require_device()
+    out.mkdir(parents=True, exist_ok=True)
+    build()
+    if refused := tests_refused(out, _TESTS_SHARE * 60 * minutes, GPU_TESTS):
+        print(f"GPU tests did not pass: {refused}; nothing was measured. See {out / 'tests.txt'}")
+        return 1
+    # Only now: what imports the package must find the library that has just been built.
+    from benchmarks import gpu_rows
+    from benchmarks.clocks import CudaClock
+    from benchmarks.harness import Report
+    from benchmarks.plan import Outcome, follow
+
+    report = Report(out / "rows.jsonl", CudaClock(), commit)
+    extent = gpu_rows.QUICK if quick else gpu_rows.Extent()
+    outcome = Outcome()
+    try:
+        deadline = start + 60 * minutes
+        follow(
+            gpu_rows.rows(report, extent), report, deadline, settle=torch.cuda.synchronize, outcome=outcome
+        )
+    finally:
+        text = gpu_rows.table(report.rows, outcome)
+        (out / "table.txt").write_text(text + "\n")
+        print(text, flush=True)
+    return 1 if outcome.failed or not outcome.measured else 0

@@ -1,0 +1,192 @@
+"""The GPU's rows of the target table, in order of importance, and the table of what was measured.
+
+Sizes: 8192 x 8192 in bfloat16 is 128 MiB, 16384 x 16384 is 512 MiB, each more than the cache of an H100
+(50 MiB) or H200 (60 MiB), and the stored weights are there in several copies, taken in turn. 2^18 x 2^18
+would take 128 GiB stored, and is measured against the time that its number of weights predicts.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import cases
+from benchmarks.harness import Case, Report
+from benchmarks.plan import Outcome, Row
+from nmkern import RandomMatrix, explain, modulated_linear
+
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured. ``first`` batches come before all else, ``rest`` once the other rows are in."""
+
+    device: str = "cuda"
+    sizes: tuple[int, ...] = (8192, 16384)
+    first: tuple[int, ...] = (1, 4, 16, 64, 256, 4096)
+    rest: tuple[int, ...] = (2, 8, 32, 1024, 2048, 8192)
+    few: tuple[int, ...] = (1, 16, 64, 4096)
+    huge: int = 2**18
+    huge_batches: tuple[int, ...] = (1, 16, 64)
+    copied: int = 2**30  # bytes
+    seconds: float = 0.4
+    calls: int = 4  # in a graph: each takes another of the copies of x and of the stored weights
+
+
+QUICK = Extent(sizes=(8192,), first=(1, 16, 64, 4096), rest=(), few=(1, 64), huge_batches=(1,), seconds=0.2)
+
+
+def target(m: int, family: str, dtype: torch.dtype) -> float | None:
+    """Stored time over ours that a row must reach."""
+    if dtype != BF16:
+        return None
+    if m <= 16:
+        return {"uniform": 4.0, "rademacher": 5.0}.get(family)
+    return 0.95 if m >= 2048 else None
+
+
+def rows(report: Report, extent: Extent) -> Iterator[Row]:
+    """The plan. Weights are stored once, for the first row that needs them."""
+
+    @functools.cache
+    def layer(size: int, family: str, dtype: torch.dtype) -> cases.Layer:
+        return cases.Layer(size, family, (dtype,), extent.device, copies=extent.calls)
+
+    def dense(size: int, batches, family="uniform", dtype=BF16, generate: tuple[int, ...] = ()):
+        for m in batches:
+            for transposed in (False, True):
+                way = "linear, transposed" if transposed else "linear"
+                yield Row(
+                    f"{way} M={m} {size}x{size} {cases.name_of(dtype)} {family}",
+                    # Generating 16384 x 16384 weights by NumPy takes some 10 s on 16 cores.
+                    3 + 10 * extent.seconds + (size / 8192) ** 2 * (4 if m == min(batches) else 0),
+                    lambda m=m, transposed=transposed: cases.linear(
+                        report,
+                        layer(size, family, dtype),
+                        m,
+                        dtype,
+                        transposed,
+                        extent.seconds,
+                        target(m, family, dtype),
+                        extent.calls,
+                        generate=m in generate and not transposed,
+                    ),
+                )
+
+    small, large = min(extent.sizes), max(extent.sizes)
+    short = 3 + 10 * extent.seconds
+    yield Row("copy", short, lambda: copy(report, extent))
+    yield from dense(small, extent.first, generate=extent.few)
+    for size in extent.sizes[1:]:
+        yield from dense(size, extent.first)
+    for m in extent.huge_batches:
+        yield Row(f"huge M={m}", 20, lambda m=m: huge(report, extent, m))
+    yield from dense(small, extent.few, "rademacher")
+    for grad in (False, True):
+        yield Row(
+            f"call overhead, gradients {'on' if grad else 'off'}",
+            short,
+            lambda grad=grad: cases.overhead(report, extent.seconds, grad, extent.device),
+        )
+    for m in extent.few:
+        yield Row(
+            f"layer, trained M={m}",
+            short,
+            lambda m=m: cases.gains(
+                report, layer(small, "uniform", BF16), m, BF16, extent.seconds, extent.calls
+            ),
+        )
+    for transposed in (False, True):
+        yield Row(
+            f"projection{', transposed' if transposed else ''}",
+            10,
+            lambda transposed=transposed: cases.projection(
+                report, extent.seconds, transposed, extent.device, extent.calls
+            ),
+        )
+    yield Row(
+        "flynet, trained",
+        15,
+        lambda: cases.flynet_step(report, extent.seconds, extent.device, extent.calls),
+    )
+    yield from dense(small, extent.few, "normal")
+    yield from dense(small, extent.few, "uniform", F32)
+    for size in extent.sizes:
+        yield from dense(size, extent.rest)
+    if large != small:
+        yield from dense(large, extent.few, "rademacher")
+
+
+def copy(report: Report, extent: Extent) -> None:
+    """The roofline of stored weights: bytes read and written in a second by a copy on the device."""
+    source = torch.ones(extent.copied // 4, device=extent.device)
+    copied = torch.empty_like(source)
+    case = Case("copy", *(1, 1, 1, "float32", "none", 0), extra={"bytes": 2 * extent.copied})
+    report.measure(case, lambda: copied.copy_(source), {}, 0.0, extent.seconds)
+
+
+def huge(report: Report, extent: Extent, m: int) -> None:
+    """A layer whose weights would fit no GPU's memory: its time, and what a smaller one's rate predicts."""
+    size = extent.huge
+    matrix = RandomMatrix(size, size, seed=1, scale=size**-0.5)
+    x = torch.randn(m, size, generator=cases.generator(extent.device), device=extent.device).to(BF16)
+    slices = cases.exact_slices(matrix, extent.device)
+    error = cases.check_slices(modulated_linear(x, matrix), x, slices, cases.BOUNDS[BF16])
+    rates = [
+        row["weights_per_second"]
+        for row in report.rows
+        if (row["name"], row.get("m"), row.get("dtype"), row.get("family"))
+        == ("linear", m, "bfloat16", "uniform")
+    ]
+    backend = explain(matrix, BF16, extent.device).backend
+    extra: Mapping[str, object] = {
+        "backend": backend,
+        "predicted_seconds": size * size / rates[-1] if rates else None,  # of the largest that there was
+        "stored_bytes": matrix.stored_bytes(BF16),
+    }
+    case = Case("linear, huge", *(m, size, size, "bfloat16", "uniform", size * size), extra=extra)
+    call = cases.served(lambda: modulated_linear(x, matrix), backend)
+    report.measure(case, call, {}, error, extent.seconds)
+
+
+def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
+    """The rows as text: times, ratios, rates; then what failed and what was not measured."""
+    measured = [row for row in found if "seconds" in row]
+    lines = []
+    if measured:
+        first = measured[0]
+        versions = first["versions"]
+        lines += [
+            f"{first.get('gpu') or first['cpu']}, driver {first.get('driver')}, CUDA {first.get('cuda')}, "
+            f"torch {versions['torch']}, triton {versions['triton']}, commit {first['commit']}, "
+            f"{first['date']}",
+            "medians of a call; ratios are the rival's time over ours, above 1 we are faster; "
+            "weights and outputs do not stay in cache",
+            "",
+            f"{'case':<28}{'M':>5} {'K -> N':<17}{'dtype':<9} {'family':<10} {'by':<9} {'ms':>10} "
+            f"{'Gw/s':>8} {'TFLOP/s':>8}  against",
+        ]
+    lines += [_line(row) for row in measured]
+    for title, these in (("failed", outcome.failed), ("not measured", outcome.left)):
+        lines += [f"{title}: {label}: {reason.splitlines()[0]}" for label, reason in these.items()]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    seconds, extra = row["seconds"]["ours"]["median"], row["extra"]
+    against = [f"{name} {ratio:.2f}x" for name, ratio in row["ratios"].items()]
+    if row["target"] is not None:
+        against.append(f"(target {row['target']:g})")
+    if extra.get("predicted_seconds"):
+        against.append(f"{seconds / extra['predicted_seconds']:.2f} of the predicted time (target 1.3)")
+    if "bytes" in extra:
+        against.append(f"{extra['bytes'] / seconds / 1e9:.0f} GB/s read and written")
+    rate, shape = row["weights"] / seconds, f"{row['k']} -> {row['n']}"
+    return (
+        f"{row['name']:<28}{row['m']:>5} {shape:<17}"
+        f"{row['dtype']:<9} {row['family']:<10} {extra.get('backend', 'torch'):<9} {1e3 * seconds:10.4f} "
+        f"{rate / 1e9:8.2f} {2 * rate * row['m'] / 1e12:8.1f}  {', '.join(against)}"
+    )

@@ -1,0 +1,210 @@
+"""The command for a machine with a GPU, without one: refusal, the plan, failures, the clock's order.
+
+Every row's function runs here for real, small and on the CPU. What a CUDA device alone can do (streams,
+graphs, events) is replaced by a record of the calls, and only that.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Benchmarks are no part of the package. This folder has no __init__.py, or it would be taken for theirs.
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import gpu, gpu_rows
+from benchmarks.__main__ import main
+from benchmarks.clocks import CudaClock, Eager, HostClock
+from benchmarks.harness import Case, Report, check
+from benchmarks.plan import Row, follow
+
+SMALL = gpu_rows.Extent(
+    **{"device": "cpu", "sizes": (256, 512), "first": (1, 5), "rest": (2,), "few": (1,), "huge": 1024},
+    **{"huge_batches": (1,), "copied": 2**12, "seconds": 0.0, "calls": 2},
+)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_nothing_is_started(tmp_path, monkeypatch):
+    out = tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", "--out", str(out)])
+    with pytest.raises(RuntimeError, match="expected a CUDA device, PyTorch finds none"):
+        main()
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_every_row_of_the_plan_can_be_measured(tmp_path):
+    """On the CPU: operands, gates and rows are the same there; sizes and clock are not."""
+    report = Report(tmp_path / "rows.jsonl", HostClock(), commit="abc")
+    rows = list(gpu_rows.rows(report, SMALL))
+    assert len({row.label for row in rows}) == len(rows)
+    outcome = follow(rows, report, deadline=float("inf"))
+    assert outcome.failed == {} and outcome.left == {}
+    assert outcome.measured == [row.label for row in rows]
+    found = read(tmp_path / "rows.jsonl")
+    assert len(found) == len(rows)
+    assert all(row["commit"] == "abc" and row["seconds"]["ours"]["median"] > 0 for row in found)
+    (huge,) = (row for row in found if row["name"] == "linear, huge")
+    (of_512,) = (
+        row
+        for row in found
+        if (row["name"], row["m"], row["k"], row["family"]) == ("linear", 1, 512, "uniform")
+    )
+    assert huge["extra"]["predicted_seconds"] == pytest.approx(4 * of_512["seconds"]["ours"]["median"])
+    table = gpu_rows.table(found, outcome)
+    assert all(row["name"] in table for row in found)
+    assert "of the predicted time" in table and "GB/s" in table
+
+
+def test_the_whole_plan_is_what_the_targets_ask_for():
+    labels = [row.label for row in gpu_rows.rows(Report(None, HostClock()), gpu_rows.Extent())]
+    for size in (8192, 16384):
+        for m in (1, 2, 4, 8, 16, 32, 64, 256, 1024, 2048, 4096, 8192):
+            for way in ("linear", "linear, transposed"):
+                assert f"{way} M={m} {size}x{size} bfloat16 uniform" in labels
+    assert {"copy", "huge M=1", "huge M=16", "huge M=64", "projection", "flynet, trained"} <= set(labels)
+    assert gpu_rows.target(16, "uniform", torch.bfloat16) == 4
+    assert gpu_rows.target(64, "uniform", torch.bfloat16) is None
+
+
+class Ticks:
+    """A clock that rows move."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def take(self, seconds):
+        self.time += seconds
+
+
+def test_rows_that_no_longer_fit_are_listed_and_shorter_ones_still_measured(tmp_path):
+    ticks, report = Ticks(), Report(tmp_path / "rows.jsonl", HostClock())
+    rows = [Row(f"row {i}", cost, lambda cost=cost: ticks.take(cost)) for i, cost in enumerate((4, 4, 4, 1))]
+    outcome = follow(rows, report, deadline=10, now=lambda: ticks.time)
+    assert outcome.measured == ["row 0", "row 1", "row 3"]
+    assert outcome.left == {"row 2": "out of time"}
+    assert [(row["name"], row["not_measured"]) for row in read(report.path)] == [("row 2", "out of time")]
+    assert "not measured: row 2: out of time" in gpu_rows.table(report.rows, outcome)
+
+
+def test_a_failing_row_is_recorded_and_the_others_are_measured(tmp_path):
+    report = Report(tmp_path / "rows.jsonl", HostClock())
+    ours = torch.ones(3)
+
+    def wrong():
+        error = check(ours, 2 * ours, 1e-6)
+        report.measure(Case("wrong", 1, 1, 1, "float32", "none", 1), ours.clone, {}, error, 0.0)
+
+    right = Case("right", 1, 3, 3, "float32", "none", 9)
+    rows = [
+        Row("wrong", 1, wrong),
+        Row("right", 1, lambda: report.measure(right, ours.clone, {"stored": ours.clone}, 0.0, 0.0)),
+    ]
+    outcome = follow(rows, report, deadline=float("inf"))
+    assert outcome.measured == ["right"] and list(outcome.failed) == ["wrong"]
+    failed, measured = read(report.path)
+    assert "not timed" in failed["failed"] and measured["ratios"].keys() == {"stored"}
+    table = gpu_rows.table(report.rows, outcome)
+    assert "failed: wrong: AssertionError" in table and "stored" in table
+
+
+def test_after_the_loss_of_the_device_no_row_is_tried(tmp_path):
+    report, tried = Report(tmp_path / "rows.jsonl", HostClock()), []
+
+    def lost():
+        if tried:
+            raise RuntimeError("an illegal memory access")
+
+    rows = [Row(label, 1, lambda label=label: tried.append(label)) for label in ("first", "second")]
+    outcome = follow(rows, report, deadline=float("inf"), settle=lost)
+    assert tried == ["first"]
+    assert outcome.failed == {"first": "RuntimeError: an illegal memory access"}
+    assert outcome.left == {"second": "the device was lost"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "refused"),
+    [
+        ("def test_a(): pass", None),
+        ("def test_a(): assert False", "pytest ended with 1"),
+        ("import pytest\ndef test_a(): pytest.skip('no backend')\ndef test_b(): pass", "1 were skipped"),
+        ("def other(): pass", "none was collected"),
+        ("import nothing_of_that_name", "pytest ended with"),
+    ],
+)
+def test_only_gpu_tests_that_ran_and_passed_count(tmp_path, body, refused):
+    (tmp_path / "test_x.py").write_text(body)
+    found = gpu.tests_refused(tmp_path, 60, ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py")))
+    assert found is None if refused is None else found.startswith(refused)
+    assert (tmp_path / "tests.txt").read_text() != ""
+
+
+@pytest.mark.slow
+def test_gpu_tests_that_take_too_long_are_ended(tmp_path):
+    (tmp_path / "test_x.py").write_text("import time\ndef test_a(): time.sleep(60)")
+    found = gpu.tests_refused(tmp_path, 2, ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py")))
+    assert found == "they took more than 2 s"
+
+
+class Recorded:
+    """Stands for torch.cuda: events tell the number of device operations before them."""
+
+    def __init__(self):
+        self.queue, self.capturing = [], None
+        self.Event = lambda enable_timing: Recorded.Mark(self.queue)
+        self.Stream = self.current_stream = lambda: self
+        self.CUDAGraph = lambda: Recorded.Graph(self)
+        self.synchronize = self.wait_stream = lambda *_: None
+
+    def stream(self, _):
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        self.capturing = graph.held
+        yield
+        self.capturing = None
+
+    def run(self, name):
+        (self.queue if self.capturing is None else self.capturing).append(name)
+
+    class Mark:
+        def __init__(self, queue):
+            self.queue = queue
+
+        def record(self):
+            self.place = len(self.queue)
+
+        def elapsed_time(self, other):
+            return 1e3 * sum(
+                {"ours": 1, "stored": 3, "eager": 5}[n] for n in self.queue[self.place : other.place]
+            )
+
+    class Graph:
+        def __init__(self, device):
+            self.device, self.held = device, []
+
+        def replay(self):
+            self.device.queue += self.held
+
+
+def test_the_cuda_clock_times_each_call_alone_and_in_turn(monkeypatch):
+    device = Recorded()
+    monkeypatch.setattr(torch, "cuda", device)
+    clock = object.__new__(CudaClock)
+    clock._filler = type("Filler", (), {"max": lambda _: device.run("filler")})()
+    variants = {name: lambda name=name: device.run(name) for name in ("ours", "stored")}
+    variants["eager"] = Eager(lambda: device.run("eager"))
+    timings = clock.time(variants, seconds=0.0, calls=4, least=3)
+    assert [timing.median for timing in timings.values()] == [1, 3, 5]  # of one call; no filler in it
+    a_round = ["filler", *4 * ["ours"], "filler", *4 * ["stored"], "filler", "eager"]
+    assert device.queue[-3 * len(a_round) :] == 3 * a_round
