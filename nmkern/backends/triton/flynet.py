@@ -33,8 +33,8 @@ from nmkern.backends.triton.stream import columns_per_word, decode, word_of_row,
 UNITS = 64
 _SMALL_BATCH, _BATCH = 16, 32
 _LEAST_CLASSES, _MOST_CLASSES = 16, 64  # of a program: a power of two
-# Programs that a launch aims at: four for each of an H100's 132 multiprocessors, since they wait for memory.
-_PROGRAMS = 528
+# Programs that a launch aims at: two of 8 warps for each of an H100's 132 multiprocessors.
+_PROGRAMS = 264
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def gain_grad_kernel(
     inside = (u >= 0) & (u < hidden)
     word = tl.arange(0, BU // WIDTH).to(tl.uint32) + step.to(tl.uint32) * (BU // WIDTH)
     word += u_first.to(tl.uint32, bitcast=True)
-    total = tl.zeros([BU, BM], tl.float32)
+    total = tl.zeros([BU], tl.float32)
     for first in range(begin, end, BM):
         m = tl.cast(first, tl.int64) + tl.arange(0, BM)
         in_batch = m < end
@@ -235,9 +235,9 @@ def gain_grad_kernel(
             place = m[None, :] * hidden + u[:, None]
             tl.store(out + place, product, mask=inside[:, None] & in_batch[None, :])
         else:
-            total += product
+            total += tl.sum(product, axis=1)  # here, for a tile of sums would cost registers: spills
     if not EACH:
-        tl.store(out + segment * hidden + u, tl.sum(total, axis=1), mask=inside)
+        tl.store(out + segment * hidden + u, total, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ class Plan:
     """What the launches need that does not depend on tensors."""
 
     batch: int  # rows of a tile
+    warps: int
     m_blocks: int
     c_blocks: int
     steps: int  # over the units
@@ -253,7 +254,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: bool) -> Plan:
+def plan_of(decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: bool) -> Plan:
     """``dtype`` and ``gained``: what the weights multiply, and whether that is times a gain."""
     tag, seed, row_offset, col_offset, classes = decoder
     width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
@@ -273,6 +274,7 @@ def _plan(decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: bo
     counters = (*stream.key_of(seed % 2**64), c_first, c_skip, u_first, u_skip)
     return Plan(
         batch,
+        batch // 4,
         triton.cdiv(rows, batch),
         triton.cdiv(c_skip + classes, block),
         triton.cdiv(u_skip + hidden, UNITS),
@@ -316,7 +318,7 @@ def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: An
     y = x.new_empty(rows, classes)
     if rows == 0:
         return y
-    plan = _plan(tuple(decoder), hidden, rows, x.dtype, gained=True)
+    plan = plan_of(tuple(decoder), hidden, rows, x.dtype, gained=True)
     wanted = max(1, min(plan.steps, _PROGRAMS // (plan.m_blocks * plan.c_blocks)))
     wanted = max(1, min(wanted, launch.SCRATCH // (4 * rows * classes)))
     chunk = triton.cdiv(plan.steps, wanted)
@@ -343,7 +345,7 @@ def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: An
             *launch.strides_of(gain),
             BANK=gain.shape[0] > 1,
             **plan.constants,
-            num_warps=4,
+            num_warps=plan.warps,
             num_stages=2,
             enable_fp_fusion=False,
         )
@@ -366,7 +368,7 @@ def flynet_gain_grad(
     rows, hidden = x.shape[0], encoder[3]
     if rows == 0:
         return x.new_zeros(contexts, hidden, dtype=torch.float32)
-    plan = _plan(tuple(decoder), hidden, rows, d_logits.dtype, gained=False)
+    plan = plan_of(tuple(decoder), hidden, rows, d_logits.dtype, gained=False)
     each = contexts > 1 and context is None
     starts = None
     # Rows of the batch that a program takes where it takes no context's.
@@ -398,7 +400,7 @@ def flynet_gain_grad(
             *d_logits.stride(),
             EACH=each,
             **plan.constants,
-            num_warps=4,
+            num_warps=plan.warps,
             num_stages=2,
             enable_fp_fusion=False,
         )

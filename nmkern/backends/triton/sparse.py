@@ -29,11 +29,11 @@ from nmkern.backends.triton.stream import SPARSE, philox4x32
 DRAWS = 2**21
 # Draws of a row that are compared in registers; those beyond, in memory, at a cost of fan_in^2 / 2 reads.
 HELD = 2048
-_DRAW_TILE = 1024  # elements of a tile of draw_kernel, but one row at least
+_DRAW_TILE = 65536 if launch.INTERPRETED else 1024  # elements of a tile of draw_kernel, but one row at least
 # A tile of the sums: 8 registers a thread at most. Every figure gives the same bits; the interpreter pays
 # by the operation, hardly by the element.
-_OUTPUTS = 512 if launch.INTERPRETED else 32
-_SMALL_BATCH, _BATCH = 16, 128 if launch.INTERPRETED else 32
+OUTPUTS = 512 if launch.INTERPRETED else 32
+SMALL_BATCH, BATCH = 16, 128 if launch.INTERPRETED else 32
 # From this many rows on, x is copied so that rows of the batch are neighbours in memory, and a draw reads
 # whole sectors instead of a word of each: up to eight times less traffic.
 _COPY_BATCH = 8
@@ -127,21 +127,15 @@ def gather(total, x, columns, n, inside, in_batch, rows, cols, fan_in, shift, st
 
     ``x`` holds the addresses of the rows of the batch, [1, batch].
     """
-    # Four at a time: their loads are under way together, where each depends on its column's.
-    for step in range(0, fan_in, 4):
+    # Two at a time: their loads are under way together, where each depends on its column's.
+    for step in range(0, fan_in, 2):
         s = tl.cast(step, tl.int32)
         k0, valid0 = _column(columns, s, n, inside, rows, cols, fan_in, shift)
         k1, valid1 = _column(columns, s + 1, n, inside, rows, cols, fan_in, shift)
-        k2, valid2 = _column(columns, s + 2, n, inside, rows, cols, fan_in, shift)
-        k3, valid3 = _column(columns, s + 3, n, inside, rows, cols, fan_in, shift)
         v0 = _read(x, k0, valid0, in_batch, stride)
         v1 = _read(x, k1, valid1, in_batch, stride)
-        v2 = _read(x, k2, valid2, in_batch, stride)
-        v3 = _read(x, k3, valid3, in_batch, stride)
         total += v0
         total += v1
-        total += v2
-        total += v3
     return total
 
 
@@ -237,10 +231,9 @@ def scatter_kernel(
         tl.store(total + place, sums, mask=valid)
 
 
-def _draw_tile(fan_in: int) -> tuple[int, int]:
-    """Rows and lanes of a tile of draw_kernel. Both are free: draws are integers."""
-    lanes = min(triton.next_power_of_2(fan_in), HELD)
-    return max(1, (64 if launch.INTERPRETED else 1) * _DRAW_TILE // lanes), lanes
+def tile_rows(lanes: int) -> int:
+    """Rows of a tile of draw_kernel."""
+    return max(1, _DRAW_TILE // lanes)
 
 
 def shift_of(col_offset: int) -> int:
@@ -261,9 +254,10 @@ def draw(
 ) -> Tensor:
     """The columns of ``rows`` rows, ``[fan_in, rows]`` int32 on the device of ``like``; see draw_kernel."""
     columns = like.new_empty(fan_in, rows, dtype=torch.int32)
-    tile_rows, lanes = _draw_tile(fan_in)
+    lanes = min(triton.next_power_of_2(fan_in), HELD)
+    block = tile_rows(lanes)
     k0, k1 = stream.key_of(seed % 2**64)
-    draw_kernel[(triton.cdiv(rows, tile_rows),)](
+    draw_kernel[(triton.cdiv(rows, block),)](
         columns,
         counts,
         *map(launch.signed32, (k0, k1, first_row, population - fan_in)),
@@ -272,7 +266,7 @@ def draw(
         cols,
         fan_in,
         HELD=fan_in <= lanes,
-        BR=tile_rows,
+        BR=block,
         BF=lanes,
         num_warps=4,
     )
@@ -289,9 +283,9 @@ def gatherable(x: Tensor) -> Tensor:
 
 def _blocks(outputs: int, batch: int) -> tuple[int, int, int]:
     """Programs, how many of them share outputs, and the batch rows of each."""
-    rows = _SMALL_BATCH if batch <= _SMALL_BATCH else _BATCH
+    rows = SMALL_BATCH if batch <= SMALL_BATCH else BATCH
     m_blocks = triton.cdiv(batch, rows)
-    return triton.cdiv(outputs, _OUTPUTS) * m_blocks, m_blocks, rows
+    return triton.cdiv(outputs, OUTPUTS) * m_blocks, m_blocks, rows
 
 
 def _add_rows(x, columns, y, first: int, cols: int, shift: int, factor: float) -> None:
@@ -312,7 +306,7 @@ def _add_rows(x, columns, y, first: int, cols: int, shift: int, factor: float) -
         shift,
         m_blocks,
         *x.stride(),
-        BN=_OUTPUTS,
+        BN=OUTPUTS,
         BM=tile,
         num_warps=4,
         enable_fp_fusion=False,
@@ -339,7 +333,7 @@ def _add_columns(x, columns, edges, total, y, first: int, factor: float, add: bo
         *x.stride(),
         ADD=add,
         DONE=done,
-        BN=_OUTPUTS,
+        BN=OUTPUTS,
         BM=tile,
         num_warps=4,
         enable_fp_fusion=False,
