@@ -2,7 +2,8 @@
 
     hidden[u, m] = max(0, factor * sum over s: x[m, column[s, u]] - mean[m])
     partial[s, m, c] = sum over the units u of split s: code[c, u] * (gain[t, u] * hidden[u, m])
-    gain_grad[t, u] = sum over the rows m of t: hidden[u, m] * (factor * sum over c: code[c, u] * d_logits[m, c])
+    pulled[u, m] = factor * sum over c: code[c, u] * d_logits[m, c]
+    gain_grad[t, u] = sum over the rows m of context t: hidden[u, m] * pulled[u, m]
 
 The columns are drawn once, fan_in words a unit; drawing also counts how often each input is drawn, which
 gives the mean over the units without a sweep. What the units compute stays in registers: scratch is x's
@@ -28,8 +29,8 @@ from nmkern.backends.triton import launch, sparse
 from nmkern.backends.triton.dense import context_rows, dot, widen
 from nmkern.backends.triton.stream import columns_per_word, decode, word_of_row, words
 
-# A step takes that many units (whole words of every family) and batch rows; the hidden tile is 16 registers a
-# thread at most. Not by the device: fixed, as is what follows from it, the order of sums.
+# A step takes that many units (whole words of every family) and batch rows; the hidden tile is 8 registers a
+# thread: at 16, with four warps or four draws read at once, variants spilled. Fixed, as the order of sums must be.
 UNITS = 64
 _SMALL_BATCH, _BATCH = 16, 32
 _LEAST_CLASSES, _MOST_CLASSES = 16, 64  # of a program: a power of two
@@ -37,7 +38,7 @@ _LEAST_CLASSES, _MOST_CLASSES = 16, 64  # of a program: a power of two
 _PROGRAMS = 264
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "inputs", "hidden"])
 def mean_kernel(x, counts, mean, factor, M, inputs, hidden, BI: tl.constexpr, BM: tl.constexpr):
     """mean[m] = factor * (sum over i: counts[i] * x[i, m]) / hidden, for x [inputs, M]."""
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)

@@ -208,10 +208,9 @@ def scatter_kernel(
     x += (m * stride_xm)[None, :]
     place = n[:, None] + m[None, :] * cols
     valid = (n < cols)[:, None] & in_batch[None, :]
+    sums = tl.zeros([BN, BM], tl.float32)
     if ADD:
-        sums = tl.load(total + place, mask=valid, other=0.0)
-    else:
-        sums = tl.zeros([BN, BM], tl.float32)
+        sums += tl.load(total + place, mask=valid, other=0.0)
     for i in range(0, tl.max(stop - start), 4):
         k0, valid0 = _drawing_row(order, start + i, stop, rows, first)
         k1, valid1 = _drawing_row(order, start + i + 1, stop, rows, first)
