@@ -30,7 +30,7 @@ from nmkern.backends.triton.dense import context_rows, dot, widen
 from nmkern.backends.triton.stream import columns_per_word, decode, word_of_row, words
 
 # A step takes that many units (whole words of every family) and batch rows; the hidden tile is 8 registers a
-# thread: at 16, with four warps or four draws read at once, variants spilled. Fixed, as the order of sums must be.
+# thread: at 16, or with four draws read at once, variants spilled. Fixed, as the order of sums must be.
 UNITS = 64
 _SMALL_BATCH, _BATCH = 16, 32
 _LEAST_CLASSES, _MOST_CLASSES = 16, 64  # of a program: a power of two
