@@ -91,7 +91,7 @@ def doubled(value):
 def test_integers_give_exact_logits_and_gradients(
     backend, threads, passed_over, batch, inputs, hidden, classes, corner, family, kind, dtype, count
 ):
-    if passed_over(10):
+    if passed_over(15):
         return
     threads(count, backend)
     g = generator(batch + inputs)

@@ -87,6 +87,8 @@ def test_the_identity_gives_the_weights(backend, passed_over, matrix, dtype):
 
 @pytest.mark.parametrize("rows", [1, 5, 128])
 def test_the_paper_sizes(backend, threads, few, rows):
+    if not few([rows], 2, start=rows // 128 + 1):
+        return
     g = generator(rows)
     matrix = sparse(7840, 784, 7)
     for count in few((1, 2, 5), 3):
