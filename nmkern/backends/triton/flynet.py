@@ -291,18 +291,10 @@ def _encode(x: Tensor, encoder: tuple) -> tuple[Tensor, Tensor, Tensor]:
     columns = sparse.draw(x, seed, row_offset, hidden, col_offset, inputs, population, fan_in, counts)
     across = x.t().contiguous()
     mean = x.new_empty(x.shape[0], dtype=torch.float32)
-    mean_kernel[(triton.cdiv(x.shape[0], _SMALL_BATCH),)](
-        across,
-        counts,
-        mean,
-        factor,
-        x.shape[0],
-        inputs,
-        hidden,
-        BI=64,
-        BM=_SMALL_BATCH,
-        num_warps=4,
-        enable_fp_fusion=False,
+    rows = x.shape[0]
+    mean_kernel[(triton.cdiv(rows, _SMALL_BATCH),)](
+        *(across, counts, mean, factor, rows, inputs, hidden),
+        **{"BI": 64, "BM": _SMALL_BATCH, "num_warps": 4, "enable_fp_fusion": False},
     )
     return across, columns, mean
 
