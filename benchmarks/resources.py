@@ -12,16 +12,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nmkern import stream
-from nmkern.backends.triton import configs, dense
+from nmkern.backends.triton import configs, dense, flynet, sparse
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_POINTERS = {"x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "gain_grad"}
+_POINTERS = {
+    *("x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "gain_grad"),
+    *("columns", "counts", "starts", "order", "total", "mean", "gain", "d_logits", "out"),
+}
+_WIDE = {"shift"}  # integers that pass 2^31
 _INPUTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
@@ -56,14 +61,19 @@ def variants() -> dict[str, dict[str, Any]]:
                     "banks": True,
                 }
         found[f"sm_{arch} finish"] = {"arch": arch}
+        for name, build in _OTHERS.items():
+            found[f"sm_{arch} {name}"] = {"arch": arch, "build": build}
     return found
 
 
 def measure(variant: dict[str, Any]) -> dict[str, float]:
     """Registers, spilled and shared bytes, and instructions per weight of a variant."""
-    if "family" not in variant:
+    weights = None
+    if "build" in variant:
+        kernel, given, pointers, warps = variant["build"]
+        compiled = _compile(kernel, given, pointers, variant["arch"], warps)
+    elif "family" not in variant:
         compiled = _compile_finish(variant["arch"])
-        weights = None
     else:
         compiled, weights = _compile_product(**variant)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -110,7 +120,8 @@ def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int,
             signature[name] = "constexpr"
             constants[(place,)] = given.get(name)
         else:
-            signature[name] = pointers.get(name, "fp32" if name == "factor" else "i32")
+            plain = "fp32" if name.endswith("factor") else "i64" if name in _WIDE else "i32"
+            signature[name] = pointers.get(name, plain)
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
@@ -155,6 +166,75 @@ def _compile_finish(arch: int):
     pointers = dict.fromkeys(("partial", "out_gain", "bias", "gain_grad"), "*fp32")
     pointers |= {"y": "*bf16", "other": "*bf16", "context": "*i64"}
     return _compile(dense.finish_kernel, given, pointers, arch, 4)
+
+
+def _draw(lanes: int, counted: bool = False, held: bool = True):
+    given = {"HELD": held, "BR": sparse.tile_rows(lanes), "BF": lanes}
+    pointers = {"columns": "*i32", **({"counts": "*i32"} if counted else {})}
+    return sparse.draw_kernel, given, pointers, 4
+
+
+def _gather(dtype: str):
+    given = {"stride_xm": 1, "BN": sparse.OUTPUTS, "BM": sparse.BATCH}
+    return sparse.gather_kernel, given, {"x": _INPUTS[dtype], "columns": "*i32", "y": _INPUTS[dtype]}, 4
+
+
+def _scatter(dtype: str):
+    given = {"stride_xm": 1, "ADD": True, "DONE": True, "BN": sparse.OUTPUTS, "BM": sparse.BATCH}
+    pointers = {"x": _INPUTS[dtype], "starts": "*i32", "order": "*i64", "total": "*fp32", "y": _INPUTS[dtype]}
+    return sparse.scatter_kernel, given, pointers, 4
+
+
+def _flynet(family: str, dtype: str, classes: int, rows: int, bank: bool = False):
+    """The kernels of a forward and of a backward sweep."""
+    x = {"x": _INPUTS[dtype], "columns": "*i32", "mean": "*fp32"}
+    decoder = (stream.DENSE_FAMILIES[family].tag, 0, 0, 0, classes)
+    plan = flynet.plan_of(decoder, 10**4, rows, _TORCH[dtype], True)
+    forward, warps = plan.constants, plan.warps
+    back = flynet.plan_of(decoder, 10**4, rows, _TORCH[dtype], False).constants
+    name = f"{family} {rows} {classes} {dtype}{' bank' * bank}"
+    operand = {theirs: name for name, theirs in _TYPES.items()}
+    to_logits = {"stride_gf": 1, "BANK": bank, **forward}
+    pointers = {**x, "gain": "*fp32", "partial": "*fp32", "table": _INPUTS[operand[forward["DTYPE"]]]}
+    to_gain = {"stride_dc": 1, "EACH": False, **back}
+    back_pointers = {
+        **x,
+        "d_logits": _INPUTS[dtype],
+        "out": "*fp32",
+        "table": _INPUTS[operand[back["DTYPE"]]],
+    }
+    if bank:
+        pointers["context"] = "*i64"
+        back_pointers["starts"] = "*i64"
+    return {
+        f"flynet logits {name}": (flynet.logits_kernel, to_logits, pointers, warps),
+        f"flynet gain_grad {name}": (flynet.gain_grad_kernel, to_gain, back_pointers, warps),
+    }
+
+
+_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Kernel, constants and pointers of the kernels that do not follow from a dense product.
+_OTHERS = {
+    "draw 8": _draw(8),
+    "draw 8 counted": _draw(8, counted=True),
+    "draw 2048": _draw(sparse.HELD),
+    "draw in memory": _draw(sparse.HELD, held=False),
+    **{f"gather {dtype}": _gather(dtype) for dtype in ("bfloat16", "float32")},
+    **{f"scatter {dtype}": _scatter(dtype) for dtype in ("bfloat16", "float32")},
+    "flynet mean": (
+        flynet.mean_kernel,
+        {"BI": 64, "BM": 16},
+        {"x": "*fp32", "counts": "*i32", "mean": "*fp32"},
+        4,
+    ),
+    **_flynet("uniform", "float32", 10, 128),
+    **_flynet("uniform", "float32", 10, 128, bank=True),
+    **_flynet("uniform", "bfloat16", 10, 16),
+    **_flynet("uniform", "float16", 300, 128),
+    **_flynet("rademacher", "float32", 64, 128),
+    **_flynet("normal", "float32", 64, 128),
+    **_flynet("normal", "bfloat16", 10, 128),
+}
 
 
 def run(out: Path) -> None:

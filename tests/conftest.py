@@ -44,8 +44,6 @@ settings.load_profile("nmkern")
 torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads set their own count
 
 BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS), "triton")
-DENSE_ONLY = ("triton",)  # backends without kernels for the sparse family and FlyNet
-_NOT_DENSE = ("sparse", "flynet")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -65,8 +63,6 @@ def backend_once(request):
 @contextlib.contextmanager
 def _forced(request):
     name, _, isa = request.param.partition("-")
-    if name in DENSE_ONLY and any(word in request.node.nodeid for word in _NOT_DENSE):
-        pytest.skip(f"{name} has dense kernels only")
     if name == "triton" and (reason := triton.refusal("uniform", torch.float32, "cpu")):
         pytest.skip(f"triton: {reason}")
     if name != "cpu":

@@ -60,7 +60,7 @@ def test_a_batch_in_parts(monkeypatch, kind):
     bank, out = integers((contexts, 33), 2, g), integers((contexts, 9), 2, g)
     monkeypatch.setattr(launch, "SCRATCH", 4 * 9 * 128)
     launch._plan.cache_clear()
-    assert len(launch._parts(300, 9)) == 3
+    assert len(launch.parts(300, 9)) == 3
     device = [v if v is None else v.to(DEVICE) for v in (x, other, context, bank, out)]
     product, grad = gain_grad(device[0], device[1], matrix, contexts, *device[2:])
     launch._plan.cache_clear()

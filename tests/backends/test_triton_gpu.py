@@ -1,4 +1,4 @@
-"""The triton backend compiled, on CUDA tensors: the formula's checks, the error bound, CUDA graphs."""
+"""The triton backend compiled, on CUDA tensors: the formulas' checks, the error bound, CUDA graphs."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from formula import KINDS, Expected, arguments, exact_matrix, generator, integers, normals, stored_weights
 
 import nmkern
-from nmkern import RandomMatrix, modulated_linear, stream
+from nmkern import RandomMatrix, flynet, modulated_linear, sparse_project, stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,3 +83,68 @@ def test_repeats_give_the_same_bits():
     x = normals((7, 8192), generator(1), torch.bfloat16).cuda()
     first = modulated_linear(x, matrix)
     assert all(torch.equal(modulated_linear(x, matrix), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fan_in", [1, 7, 33])
+def test_sparse_integers_are_exact(fan_in, dtype):
+    matrix = RandomMatrix(500, 300, seed=5, family="sparse", fan_in=fan_in)[3:, 7:]
+    weights = stored_weights(matrix)
+    for rows in (1, 5, 17, 33, 130):
+        x, dy = (integers((rows, size), 3, generator(rows), dtype) for size in matrix.shape[::-1])
+        leaf = x.cuda().requires_grad_()
+        y = sparse_project(leaf, matrix)
+        grad = torch.autograd.grad(y, leaf, dy.cuda())[0]
+        assert torch.equal(y.detach().cpu(), (x.double() @ weights.T).to(dtype))
+        assert torch.equal(grad.cpu(), (dy.double() @ weights).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["rademacher", "uniform"])
+@pytest.mark.parametrize("kind", ["vector", "bank", "rows"])
+def test_flynet_integers_are_exact(family, dtype, kind):
+    """128 units, so that the mean is exact: see tests/ops/test_flynet.py for the bounds."""
+    encoder = RandomMatrix(131, 45, seed=7, family="sparse", fan_in=3)[3:, 5:]
+    rms = stream.DENSE_FAMILIES[family].rms
+    p = stored_weights(encoder)
+    for rows, classes in ((1, 3), (16, 11), (33, 5), (70, 11)):
+        decoder = RandomMatrix(classes + 2, 137, seed=9, family=family, scale=rms)[2:, 9:]
+        w = stored_weights(decoder)
+        g = generator(rows)
+        x, d_logits = integers((rows, 40), 1, g), integers((rows, classes), 1, g)
+        context = torch.randint(3, (rows,), generator=g) if kind == "bank" else None
+        shape = {"vector": (128,), "bank": (3, 128), "rows": (rows, 128)}[kind]
+        gain = (2 * torch.randint(2, shape, generator=g) - 1).float()
+        exact = gain.double().requires_grad_()
+        m = x.double() @ p.T
+        r = torch.relu(m - m.mean(1, keepdim=True))
+        want = (r * (exact if context is None else exact[context])) @ w.T
+        want_grad = torch.autograd.grad(want, exact, d_logits.double())[0]
+        leaf = gain.cuda().requires_grad_()
+        on = None if context is None else context.cuda()
+        y = flynet(x.to(dtype).cuda(), encoder, decoder, gain=leaf, context=on)
+        grad = torch.autograd.grad(y, leaf, d_logits.to(dtype).cuda())[0]
+        assert torch.equal(y.detach().cpu(), want.detach().to(dtype))
+        assert torch.equal(grad.cpu().double(), want_grad)
+
+
+def test_sparse_and_flynet_repeat_their_bits_and_can_be_captured():
+    encoder = RandomMatrix(7840, 784, seed=1, family="sparse", fan_in=7)
+    decoder = RandomMatrix(10, 7840, seed=2, scale=0.01)
+    g = generator(1)
+    x, dy = normals((128, 784), g).cuda(), normals((128, 7840), g).cuda()
+    d_logits, gain = normals((128, 10), g).cuda(), normals((7840,), g).cuda().requires_grad_()
+
+    def call():
+        y = flynet(x, encoder, decoder, gain=gain)
+        grad = torch.autograd.grad(y, gain, d_logits)[0]
+        return sparse_project(x, encoder), sparse_project(dy, encoder.T), y.detach(), grad
+
+    first = call()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))

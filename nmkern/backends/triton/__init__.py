@@ -12,11 +12,17 @@ import torch
 
 from nmkern import environment
 from nmkern.backends import primitives
-from nmkern.stream import DENSE_FAMILIES
 
 primitives.define("triton")
 
-_PRIMITIVES = ("modulated_matmul", "modulated_matmul_gain_grad")
+# Which module launches the kernels of a primitive.
+_LAUNCHERS = {
+    "modulated_matmul": "launch",
+    "modulated_matmul_gain_grad": "launch",
+    "sparse_matmul": "sparse",
+    "flynet_logits": "flynet",
+    "flynet_gain_grad": "flynet",
+}
 
 
 @functools.cache
@@ -36,8 +42,6 @@ def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
         return f"runs on CUDA tensors, not on {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
-    if family not in DENSE_FAMILIES:
-        return f"multiplies by dense families, and has no {family} kernel"
     if not _installed():
         return "triton is not installed"
     return None
@@ -50,15 +54,15 @@ def kernel() -> str:
 def _register() -> None:
     """Give the operators their kernels, which are imported when first called."""
 
-    def lazily(primitive: str):
+    def lazily(primitive: str, module: str):
         def call(*args):
-            return getattr(importlib.import_module("nmkern.backends.triton.launch"), primitive)(*args)
+            return getattr(importlib.import_module(f"nmkern.backends.triton.{module}"), primitive)(*args)
 
         return call
 
-    for primitive in _PRIMITIVES:
+    for primitive, module in _LAUNCHERS.items():
         for key in ("CUDA", "CPU"):
-            primitives.LIBRARY.impl(f"triton_{primitive}", lazily(primitive), key)
+            primitives.LIBRARY.impl(f"triton_{primitive}", lazily(primitive, module), key)
 
 
 _register()

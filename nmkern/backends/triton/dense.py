@@ -43,7 +43,7 @@ def _held(j, WARPS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _context_rows(context, m, M, contexts):
+def context_rows(context, m, M, contexts):
     """Which of several rows, ``contexts``, of a bank serves rows m of the batch: int64, never outside."""
     if context is None:  # a row for each
         c = m
@@ -57,7 +57,7 @@ def _context_rows(context, m, M, contexts):
 
 
 @triton.jit
-def _widen(value):
+def widen(value):
     """A bfloat16, float16 or float32 value in float32, exactly."""
     if value.dtype == tl.bfloat16:  # by its bits, which Triton's interpreter converts wrongly
         value = (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -65,7 +65,7 @@ def _widen(value):
 
 
 @triton.jit
-def _narrow(value, DTYPE: tl.constexpr):
+def narrow(value, DTYPE: tl.constexpr):
     """A float32 rounded to nearest even in DTYPE."""
     if DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
@@ -91,7 +91,7 @@ def _to_part(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _dot(w, value, acc, SPLIT_X: tl.constexpr, DTYPE: tl.constexpr):
+def dot(w, value, acc, SPLIT_X: tl.constexpr, DTYPE: tl.constexpr):
     """acc + w @ value. A float32 is split in three truncated parts, which sum to it exactly."""
     if SPLIT_X:
         high = _truncate(value)
@@ -117,17 +117,17 @@ def _store_modulated(
     in_row = (n >= 0) & (n < N)
     if out_gain is not None:
         if OUT_BANK:
-            c = _context_rows(context, m, M, out_contexts)
+            c = context_rows(context, m, M, out_contexts)
             total *= tl.load(out_gain + c * stride_ot + n * stride_of, mask=valid, other=0.0)
         else:  # one value for all rows of the batch
             total *= tl.load(out_gain + n * stride_of, mask=in_row, other=0.0)
     if bias is not None:
         if BIAS_BANK:
-            c = _context_rows(context, m, M, bias_contexts)
+            c = context_rows(context, m, M, bias_contexts)
             total += tl.load(bias + c * stride_bt + n * stride_bf, mask=valid, other=0.0)
         else:
             total += tl.load(bias + n * stride_bf, mask=in_row, other=0.0)
-    tl.store(y + m * N + n, _narrow(total, y.dtype.element_ty), mask=valid)
+    tl.store(y + m * N + n, narrow(total, y.dtype.element_ty), mask=valid)
 
 
 _SCALARS = ["M", "k0", "k1", "o_first", "o_skip", "r_first", "r_skip", "chunk", "m_blocks", "o_blocks"]
@@ -221,7 +221,7 @@ def product_kernel(
     in_batch = (m < M)[None, :]
     x += (m * stride_xm)[None, :]
     if IN_BANK:
-        in_gain += (_context_rows(context, m, M, in_contexts) * stride_it)[None, :]
+        in_gain += (context_rows(context, m, M, in_contexts) * stride_it)[None, :]
     zero = _anchor(BO, BR, DTYPE)
     acc = tl.zeros([BO, BM], tl.float32)
     for tile in range(split * chunk, (split + 1) * chunk):
@@ -230,12 +230,12 @@ def product_kernel(
         valid = ((k >= 0) & (k < K))[:, None] & in_batch
         value = tl.load(x + (k * stride_xr)[:, None], mask=valid, other=0.0)
         if IN_BANK:
-            value = _widen(value) * tl.load(in_gain + (k * stride_if)[:, None], mask=valid, other=0.0)
+            value = widen(value) * tl.load(in_gain + (k * stride_if)[:, None], mask=valid, other=0.0)
         elif in_gain is not None:
             gain = tl.load(in_gain + k * stride_if, mask=(k >= 0) & (k < K), other=0.0)
-            value = _widen(value) * gain[:, None]
+            value = widen(value) * gain[:, None]
         elif value.dtype != DTYPE:
-            value = _widen(value)
+            value = widen(value)
         counter = (units.to(tl.uint32) + r_first)[None, :] + zero
         if TRANSPOSED:
             w0, w1, w2, w3 = words(c0, counter, k0, k1, TAG)
@@ -243,7 +243,7 @@ def product_kernel(
         else:
             w0, w1, w2, w3 = words(counter, c1, k0, k1, TAG)
             w = decode(word_of_row(w0, w1, w2, w3, r), f, table, TAG, DTYPE)
-        acc = _dot(w, value, acc, SPLIT_X, DTYPE)
+        acc = dot(w, value, acc, SPLIT_X, DTYPE)
 
     m, n = m[None, :], n[:, None]
     valid = (n >= 0) & (n < N) & in_batch
@@ -306,13 +306,13 @@ def finish_kernel(
             )  # fmt: skip
         if gain_grad is not None:
             there = m[:, None] * stride_om + n[None, :] * stride_on
-            product = _widen(tl.load(other + there, mask=valid, other=0.0)) * (z * factor)
+            product = widen(tl.load(other + there, mask=valid, other=0.0)) * (z * factor)
             if BANK == "one":
                 total += tl.sum(product, axis=0)
             elif BANK == "each":
                 tl.store(gain_grad + place, product, mask=valid)
             else:
-                c = _context_rows(context, m, M, contexts)
+                c = context_rows(context, m, M, contexts)
                 first = tl.min(tl.where(m < M, c, contexts - 1))
                 last = tl.max(tl.where(m < M, c, 0))
                 for row in range(first, last + 1):

@@ -33,7 +33,8 @@ _PROGRAMS = 264
 _LEAST_STEPS = 8
 _FINISH_ROWS, _FINISH_COLS = 16, 64
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TORCH_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Plan:
     constants: dict[str, Any]  # and the launch's options
 
 
-def _signed32(value: int) -> int:
+def signed32(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
@@ -90,14 +91,14 @@ def _plan(
     wanted = max(1, min(wanted, SCRATCH // (4 * batch * outputs)))
     chunk = triton.cdiv(steps, wanted)
     splits = triton.cdiv(steps, chunk)
-    operand, parts = _operand(dtype, gained, tf32)
+    operand, split_x = operand_of(dtype, gained, tf32)
     key = stream.key_of(seed % 2**64)
-    places = (_signed32(o_place[0]), o_place[1], _signed32(r_place[0]), r_place[1])
+    places = (signed32(o_place[0]), o_place[1], signed32(r_place[0]), r_place[1])
     constants = {
         "TAG": tag,
         "TRANSPOSED": transposed,
-        "SPLIT_X": parts,
-        "DTYPE": _DTYPES[operand],
+        "SPLIT_X": split_x,
+        "DTYPE": DTYPES[operand],
         "FIELDS": tile.fields,
         "BO": tile.outputs,
         "BR": step,
@@ -107,7 +108,7 @@ def _plan(
         "num_stages": tile.stages,
         "enable_fp_fusion": False,
     }
-    numbers = (outputs, reduction, *(_signed32(half) for half in key), *places, chunk, m_blocks, o_blocks)
+    numbers = (outputs, reduction, *(signed32(half) for half in key), *places, chunk, m_blocks, o_blocks)
     request = (matrix, batch, dtype, gained, banks, tf32)
     grid = (m_blocks * o_blocks * splits,)
     return Plan(request, tile, outputs, reduction, splits, grid, numbers, operand, constants)
@@ -132,7 +133,7 @@ def _class_of(request: tuple) -> tuple[str, tuple[configs.Tile, ...]]:
     return " ".join(words), configs.candidates(tag, transposed, batch, banks)
 
 
-def _operand(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, bool]:
+def operand_of(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, bool]:
     """The dtype of tl.dot's operands, and whether x is split in three of it.
 
     Weights are exact in every one. x times in_gain is a float32, as x of float32 is; the interpreter
@@ -146,7 +147,7 @@ def _operand(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype,
 
 
 @functools.cache
-def _table(device: torch.device, dtype: torch.dtype) -> Tensor:
+def table_of(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The normal family's codes on a device, where they stay."""
     return torch.from_numpy(stream.NORMAL_TABLE).to(device, dtype)
 
@@ -156,31 +157,31 @@ def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _strides(bank: Tensor | None) -> tuple[int, int]:
+def strides_of(bank: Tensor | None) -> tuple[int, int]:
     """Strides of a bank; 0 from row to row where there is one."""
     if bank is None:
         return 0, 0
     return (0 if bank.shape[0] == 1 else bank.stride(0)), bank.stride(1)
 
 
-def _contexts(bank: Tensor | None) -> int:
+def contexts_of(bank: Tensor | None) -> int:
     return 1 if bank is None else bank.shape[0]
 
 
 def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
     """Launch product_kernel on rows that one plan covers."""
-    in_contexts, out_contexts, bias_contexts = _contexts(in_gain), _contexts(out_gain), _contexts(bias)
-    tensors = (x, in_gain, out_gain, bias, context, y, _table(x.device, plan.table), factor, x.shape[0])
+    in_contexts, out_contexts, bias_contexts = contexts_of(in_gain), contexts_of(out_gain), contexts_of(bias)
+    tensors = (x, in_gain, out_gain, bias, context, y, table_of(x.device, plan.table), factor, x.shape[0])
     layout = (
         *(in_contexts, out_contexts, bias_contexts),
         *x.stride(),
-        *_strides(in_gain),
-        *_strides(out_gain),
-        *_strides(bias),
+        *strides_of(in_gain),
+        *strides_of(out_gain),
+        *strides_of(bias),
         *(in_contexts > 1, out_contexts > 1, bias_contexts > 1),
     )
 
@@ -192,15 +193,13 @@ def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, 
     launch(plan)
 
 
-def _finish(
-    partial, y, out_gain, bias, other, gain_grad, bank, context, contexts, plan: Plan, factor: float
-) -> None:
-    """Launch finish_kernel on the partial sums of rows that one plan covers."""
-    rows = partial.shape[1]
+def finish(partial, y, out_gain, bias, other, gain_grad, bank, context, contexts, factor: float) -> None:
+    """Launch finish_kernel on partial sums, ``[splits, rows, outputs]``."""
+    splits, rows, outputs = partial.shape
     row_tiles = triton.cdiv(rows, _FINISH_ROWS)
     # Who adds to a row of gain_grad must own its columns; else every row tile is a program of its own.
     in_turn = row_tiles if gain_grad is not None and bank != "each" else 1
-    grid = (triton.cdiv(plan.outputs, _FINISH_COLS), triton.cdiv(row_tiles, in_turn))
+    grid = (triton.cdiv(outputs, _FINISH_COLS), triton.cdiv(row_tiles, in_turn))
     dense.finish_kernel[grid](
         partial,
         y,
@@ -211,17 +210,17 @@ def _finish(
         context,
         factor,
         rows,
-        plan.outputs,
-        plan.splits,
+        outputs,
+        splits,
         in_turn,
         contexts,
-        _contexts(out_gain),
-        _contexts(bias),
+        contexts_of(out_gain),
+        contexts_of(bias),
         *((0, 0) if other is None else other.stride()),
-        *_strides(out_gain),
-        *_strides(bias),
-        OUT_BANK=_contexts(out_gain) > 1,
-        BIAS_BANK=_contexts(bias) > 1,
+        *strides_of(out_gain),
+        *strides_of(bias),
+        OUT_BANK=contexts_of(out_gain) > 1,
+        BIAS_BANK=contexts_of(bias) > 1,
         BANK=bank,
         BM=_FINISH_ROWS,
         BN=_FINISH_COLS,
@@ -237,7 +236,7 @@ def _rows_of(bank: Tensor | None, context: Tensor | None, part: slice) -> Tensor
     return bank[part]
 
 
-def _parts(rows: int, outputs: int) -> list[slice]:
+def parts(rows: int, outputs: int) -> list[slice]:
     """The batch in parts whose float32 sums fit the scratch; a multiple of 128 rows where several."""
     most = max(128, SCRATCH // (4 * outputs) // 128 * 128)
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
@@ -259,15 +258,15 @@ def modulated_matmul(
     x = x.resolve_neg()
     context = None if context is None else context.contiguous()
     tf32 = x.dtype == torch.float32 and _tf32()
-    banks = _contexts(out_gain) > 1 or _contexts(bias) > 1
+    banks = contexts_of(out_gain) > 1 or contexts_of(bias) > 1
     plan = _plan(tuple(view), rows, x.dtype, in_gain is not None, banks, tf32)
-    with _on(x.device):
+    with on_device(x.device):
         if plan.splits == 1:
             _product(x, in_gain, out_gain, bias, context, y, plan, factor, partial=False)
         else:
             partial = x.new_empty(plan.splits, rows, outputs, dtype=torch.float32)
             _product(x, in_gain, None, None, context, partial, plan, factor, partial=True)
-            _finish(partial, y, out_gain, bias, None, None, "one", context, 1, plan, factor)
+            finish(partial, y, out_gain, bias, None, None, "one", context, 1, factor)
     return y
 
 
@@ -289,15 +288,15 @@ def modulated_matmul_gain_grad(
     x, other = x.resolve_neg(), other.resolve_neg()
     context = None if context is None else context.contiguous()
     tf32 = x.dtype == torch.float32 and _tf32()
-    with _on(x.device):
-        for part in _parts(rows, outputs):
+    with on_device(x.device):
+        for part in parts(rows, outputs):
             some = x[part]
             plan = _plan(tuple(view), some.shape[0], x.dtype, in_gain is not None, False, tf32)
             selected = None if context is None else context[part]
             partial = x.new_empty(plan.splits, some.shape[0], outputs, dtype=torch.float32)
             gain = _rows_of(in_gain, context, part)
             _product(some, gain, None, None, selected, partial, plan, factor, partial=True)
-            _finish(
+            finish(
                 partial,
                 product[part] if need_product else None,
                 _rows_of(out_gain, context, part) if need_product else None,
@@ -307,7 +306,6 @@ def modulated_matmul_gain_grad(
                 bank,
                 selected,
                 contexts,
-                plan,
                 factor,
             )
     return product, gain_grad
