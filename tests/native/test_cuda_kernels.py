@@ -24,3 +24,8 @@ def test_registers_hold_the_dense_vectors(tmp_path):
     dense = sum(line.startswith("dense ") for line in VECTORS.read_text().splitlines())
     assert run_program(tmp_path, "cuda_vectors", VECTORS) == (0, f"{dense}\n")
 
+
+@pytest.mark.slow
+def test_blocks_of_every_kernel_compute_the_product(tmp_path):
+    """On a simulated warp: 6 kernels' directions, ragged sizes, splits, gains; outputs to the bit."""
+    assert run_program(tmp_path, "skinny_block") == (0, "96 cases, 42 kernels\n")
