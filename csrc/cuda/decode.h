@@ -1,15 +1,16 @@
 // From hashed words to the registers of A: two codes as bf16, in as few instructions as the machine has.
 //
 //   rademacher  shift, one LOP3: the two bits onto the signs of (-1, -1)               1    a weight
-//   uniform     shift, one LOP3: 128 + 2u in both halves, and one add of -143          1.5  a weight
+//   uniform     shift, one LOP3: 128 + 2u in both halves; one add of -143              1.5  a weight
 //   normal      PRMT: the byte beside the lane's number is an address; a load from the
-//               table; half a PRMT to join two codes                                   2.5  a weight
+//               table; half a multiply-add to join two codes                           2.5  a weight
 //
 // Transposed, a register's two codes come from two words: rademacher and uniform join halves of the words
 // first (a PRMT for every four (uniform) or sixteen (rademacher) pairs), then decode as before.
 // Rejected for uniform: 128 + u in place, without a shift for a word's first field, leaves -135.5 to add,
-// which bf16 does not have. For normal: an entry every 128 bytes (32 KiB instead of 64) puts the byte
-// where PRMT does not reach: a shift and a LOP3, 3.5 a weight.
+// which bf16 does not have. For normal: an entry every 128 bytes (32 KiB instead of 64) puts the byte where
+// PRMT does not reach: a shift and a LOP3, 3.5 a weight; one entry for all lanes: a load of 32 random words
+// waits for the fullest of 32 banks, three to four times as long.
 // Invariant: the codes are those of stream.h, exactly.
 #pragma once
 
@@ -74,7 +75,8 @@ NMKERN_HD uint32_t add_exact(uint32_t a, uint32_t b) {
 #endif
 }
 
-// (a & mask) ^ flip as one LOP3: left to itself, the compiler takes two where mask and flip are constants.
+// (a & mask) ^ flip as one LOP3: left to itself, the compiler takes two where mask and flip are constants,
+// half an instruction a weight more.
 template <uint32_t mask, uint32_t flip>
 NMKERN_HD uint32_t masked(uint32_t a) {
 #if defined(__CUDA_ARCH__)
@@ -98,8 +100,8 @@ NMKERN_HD uint32_t decode_pair(uint32_t word, int p) {
   }
 }
 
-// normal's table in shared memory: entry u holds the code twice, for each of the 32 lanes a copy in the
-// lane's own bank, so that no lookup waits for another. Entries are 256 bytes apart, so that one PRMT
+// normal's table in shared memory: entry u holds the code in its low half, for each of the 32 lanes a copy
+// in the lane's own bank, so that no lookup waits for another. Entries are 256 bytes apart, so that one PRMT
 // makes the address; the odd 128-byte lines between the copies hold x (see skinny_kernel.h).
 constexpr int kEntryBytes = 256;
 constexpr int kTableBytes = 256 * kEntryBytes;
@@ -124,7 +126,7 @@ constexpr NormalTable normal_table() {
 NMKERN_HD uint32_t join(uint32_t first, uint32_t second) { return second * 65536u + first; }
 
 // Register `reg` of A for an m16 tile and a k16 step of the patch. `lookup(word, field)` is normal's
-// table: the code of a field, in both halves.
+// table: the code of a field, in the low half.
 template <class Patch, class Lookup>
 NMKERN_HD uint32_t a_register(const Words& words, int tile, int depth, int reg, const Lookup& lookup) {
   constexpr Family kFamily = Patch::kFamily;
