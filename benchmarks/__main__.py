@@ -1,5 +1,6 @@
 """``python -m benchmarks cpu [--quick] [--out FILE]`` measures, ``python -m benchmarks report`` writes
-the README's results from the committed rows, ``python -m benchmarks resources`` compiles the Triton kernels.
+the README's results from the committed rows, ``python -m benchmarks resources [--cuda]`` compiles the
+Triton kernels, or the CUDA kernels.
 """
 
 import argparse
@@ -15,8 +16,9 @@ def main() -> None:
     cpu.add_argument("--quick", action="store_true", help="a minute: small sizes, few batches")
     cpu.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
     commands.add_parser("report", help="rebuild the README's table and figure from benchmarks/results")
-    resources = commands.add_parser("resources", help="what the Triton kernels compile to, without a GPU")
-    resources.add_argument("--out", type=Path, default=RESULTS / "triton_resources.json")
+    resources = commands.add_parser("resources", help="what the GPU kernels compile to, without a GPU")
+    resources.add_argument("--cuda", action="store_true", help="the CUDA kernels, with nvcc, not Triton's")
+    resources.add_argument("--out", type=Path, help="default: the committed table")
     args = parser.parse_args()
     if args.command == "cpu":
         from benchmarks.cpu import run
@@ -24,9 +26,11 @@ def main() -> None:
 
         run(Report(args.out), args.quick)
     elif args.command == "resources":
-        from benchmarks.resources import run as measure
-
-        measure(args.out)
+        if args.cuda:
+            from benchmarks.cuda_resources import run as measure
+        else:
+            from benchmarks.resources import run as measure
+        measure(args.out or RESULTS / f"{'cuda' if args.cuda else 'triton'}_resources.json")
     else:
         from benchmarks.report import rebuild
 
