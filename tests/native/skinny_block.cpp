@@ -2,31 +2,16 @@
 //
 // Every lane is a fiber; a fiber that must wait for others (__syncthreads, mma.sync) yields. mma.sync
 // places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents, and
-// multiplies. Shared memory and partial sums start as NaN. Inputs are integers, so that sums are exact and
-// outputs are compared bit for bit. Prints the number of cases.
+// multiplies. Shared memory and partial sums start as NaN. Prints the number of cases and of kernels.
 #include <ucontext.h>
 
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
 #include <memory>
-#include <random>
 #include <set>
-#include <string>
-#include <vector>
 
 #include "../../csrc/cuda/skinny_plan.h"
+#include "skinny_cases.h"
 
 namespace {
-
-using namespace nmkern;
-using namespace nmkern::cuda;
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("%s\n", what.c_str());
-  std::exit(1);
-}
 
 // The PTX manual's "Matrix Fragments for mma.m16n8k16 with floating point type", element by element.
 void check_layout() {
@@ -167,7 +152,8 @@ void run_block(const Product& product, uint32_t x, uint32_t y, uint32_t z) {
   auto block = std::make_unique<Block>();
   block->x = x, block->y = y, block->z = z;
   std::vector<float> shared(C::kSharedBytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
-  auto* aligned = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 127) & ~127ul);
+  const auto at = reinterpret_cast<uintptr_t>(shared.data());
+  auto* aligned = reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t{127});
   std::vector<std::unique_ptr<HostLane>> lanes;
   std::vector<Task<C>> tasks(kThreads);
   for (int thread = 0; thread < kThreads; ++thread) {
@@ -197,7 +183,7 @@ void run_block(const Product& product, uint32_t x, uint32_t y, uint32_t z) {
 struct Simulate {
   const Skinny& call;
   std::set<std::string>& kernels;
-  int64_t* splits;
+  int64_t& most_splits;
 
   template <class C>
   void operator()() const {
@@ -207,7 +193,7 @@ struct Simulate {
                   C::kBatchTiles, C::kParts);
     kernels.insert(name);
     Plan plan = plan_of<C>(call);
-    *splits = plan.splits;
+    most_splits = std::max(most_splits, plan.splits);
     std::vector<float> scratch(plan.scratch_bytes() / 4 + 4, std::numeric_limits<float>::quiet_NaN());
     auto* partial = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~15ul);
     plan.product.partial = partial;
@@ -220,95 +206,8 @@ struct Simulate {
   }
 };
 
-int code_at(const Skinny& call, int64_t row, int64_t col) {
-  row += call.row_offset, col += call.col_offset;
-  const int columns = columns_per_word(call.family), bits = 32 / columns;
-  const uint32_t word =
-      philox4x32(uint32_t(col / columns), uint32_t(row / 4), 0, uint32_t(call.family), call.key).w[row % 4];
-  return decode(call.family, word >> (col % columns * bits) & ((1u << bits) - 1));
-}
-
-struct Case {
-  Family family;
-  bool transposed;
-  int64_t row_offset, col_offset, inputs, outputs, batch;
-  Dtype dtype = Dtype::bfloat16;
-  bool modulated = false;  // gains, bias and contexts
-  int64_t padding = 0;     // elements between rows of x
-  int64_t stride = 1;      // between columns
-};
-
-// The exact product by the definition; every step of it is an integer below 2^24.
-void check(const Case& c, std::mt19937_64& random, std::set<std::string>& kernels, int64_t* splits) {
-  Skinny call{};
-  call.family = c.family;
-  call.key = {uint32_t(random()), uint32_t(random())};
-  call.transposed = c.transposed;
-  call.row_offset = c.row_offset, call.col_offset = c.col_offset;
-  call.rows = c.transposed ? c.inputs : c.outputs, call.cols = c.transposed ? c.outputs : c.inputs;
-  call.factor = 0.5f;
-  call.batch = c.batch;
-  const auto integer = [&](int64_t most) { return double(int64_t(random() % uint64_t(2 * most + 1)) - most); };
-
-  const int64_t row_stride = c.inputs * c.stride + c.padding;
-  const int64_t elements = c.batch * row_stride;
-  // Elements of float32 that need all three parts are few in a row, so that sums stay exact.
-  std::vector<double> x(elements);
-  const bool wide = c.dtype == Dtype::float32 && !c.modulated;
-  for (int64_t m = 0; m < c.batch; ++m)
-    for (int64_t k = 0; k < c.inputs; ++k)
-      x[m * row_stride + k * c.stride] = !wide ? integer(4) : random() % uint64_t(c.inputs) < 3 ? integer(21000) : 0;
-  std::vector<uint32_t> storage(elements + 4);
-  auto* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) & ~15ul);
-  call.x = {data, c.dtype, row_stride, c.stride};
-  for (int64_t m = 0; m < c.batch; ++m)
-    for (int64_t k = 0; k < c.inputs; ++k) write_element(call.x, m, k, float(x[m * row_stride + k * c.stride]));
-
-  const int64_t contexts = 3;
-  std::vector<float> in_gain(contexts * c.inputs), out_gain(c.batch * c.outputs), bias(c.outputs);
-  std::vector<int64_t> context(c.batch);
-  for (float& v : in_gain) v = float(integer(300));
-  for (float& v : out_gain) v = float(integer(2));
-  for (float& v : bias) v = float(integer(100));
-  for (int64_t& v : context) v = int64_t(random() % contexts);
-  const bool banks = c.batch % 2 != 0;  // in_gain by context, or a row of out_gain for every row of x
-  if (c.modulated) {
-    call.in_gain = {banks ? in_gain.data() : nullptr, contexts};
-    call.context = banks ? context.data() : nullptr;
-    call.out_gain = {out_gain.data(), banks ? 1 : c.batch};
-    call.bias = {bias.data(), 1};
-  }
-  std::vector<float> y(c.batch * c.outputs, std::numeric_limits<float>::quiet_NaN());
-  call.y = {y.data(), Dtype::float32, c.outputs, 1};
-  with_config(call, Simulate{call, kernels, splits});
-
-  std::vector<double> row(c.inputs);
-  for (int64_t n = 0; n < c.outputs; ++n) {
-    for (int64_t k = 0; k < c.inputs; ++k)
-      row[k] = c.transposed ? code_at(call, k, n) : code_at(call, n, k);
-    for (int64_t m = 0; m < c.batch; ++m) {
-      double sum = 0;
-      for (int64_t k = 0; k < c.inputs; ++k)
-        sum += x[m * row_stride + k * c.stride] * row[k] *
-               (call.in_gain.data ? in_gain[context[m] * c.inputs + k] : 1.0f);
-      if (std::abs(sum) > 0x1p24) fail("the case itself is not exact");
-      double want = sum * 0.5;
-      if (c.modulated) want = want * out_gain[banks ? n : m * c.outputs + n] + bias[n];
-      if (y[m * c.outputs + n] != want) {
-        char text[256];
-        std::snprintf(text, sizeof text,
-                      "family %x transposed %d offset %lld %lld K %lld N %lld M %lld dtype %d modulated %d: "
-                      "y[%lld, %lld] is %g, expected %g",
-                      unsigned(c.family), c.transposed, (long long)c.row_offset, (long long)c.col_offset,
-                      (long long)c.inputs, (long long)c.outputs, (long long)c.batch, int(c.dtype),
-                      c.modulated, (long long)m, (long long)n, y[m * c.outputs + n], want);
-        fail(text);
-      }
-    }
-  }
-}
-
-void check_hash(std::mt19937_64& random) {
+void check_hash() {
+  std::mt19937_64 random(2);
   for (int i = 0; i < 10000; ++i) {
     const uint32_t c0 = uint32_t(random()), c1 = uint32_t(random());
     const Key key{uint32_t(random()), uint32_t(random())};
@@ -322,34 +221,12 @@ void check_hash(std::mt19937_64& random) {
 }  // namespace
 
 int main() {
-  std::mt19937_64 random(1);
   check_layout();
-  check_hash(random);
-  int64_t cases = 0, most_splits = 0;
+  check_hash();
   std::set<std::string> kernels;
-  const auto run = [&](const Case& c) {
-    int64_t splits = 0;
-    check(c, random, kernels, &splits);
-    most_splits = std::max(most_splits, splits);
-    ++cases;
-  };
-  constexpr int64_t kFar = (int64_t{1} << 34) - 700;
-  for (Family family : {Family::rademacher, Family::uniform, Family::normal})
-    for (bool transposed : {false, true}) {
-      for (int64_t batch : {1, 9, 24, 64}) run({family, transposed, 0, 0, 64, 40, batch});
-      run({family, transposed, 5, 43, 77, 33, 7});                    // ragged everywhere
-      run({family, transposed, 3, 0, 1, 1, 2});                       // one weight
-      run({family, transposed, kFar, kFar + 5, 130, 31, 13});         // the stream's far end
-      run({family, transposed, 2, 1, 32, 9, 70});                     // more rows than a block takes
-      run({family, transposed, 0, 0, 1024, 8, 3});                    // several splits
-      run({family, transposed, 4, 32, 96, 24, 5, Dtype::bfloat16, false, 32});  // aligned, x with padding
-      run({family, transposed, 1, 2, 45, 12, 5, Dtype::bfloat16, false, 3, 2});
-      run({family, transposed, 6, 7, 50, 21, 12, Dtype::float32});
-      run({family, transposed, 6, 7, 90, 21, 4, Dtype::float16});
-      run({family, transposed, 9, 35, 24, 17, 8, Dtype::bfloat16, true});   // no in_gain: a row for each row
-      run({family, transposed, 9, 35, 24, 17, 9, Dtype::bfloat16, true});   // in_gain by context
-      run({family, transposed, 9, 35, 24, 17, 35, Dtype::float32, true});
-    }
+  int64_t most_splits = 0;
+  const int64_t cases =
+      check_all([&](const Skinny& call) { with_config(call, Simulate{call, kernels, most_splits}); });
   if (most_splits < 3) fail("no case splits the reduction");
   if (kernels.size() != 42) fail("not every kernel ran: " + std::to_string(kernels.size()));
   std::printf("%lld cases, %zu kernels\n", (long long)cases, kernels.size());
