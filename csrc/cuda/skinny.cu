@@ -72,8 +72,9 @@ struct Warp {
   static NMKERN_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 };
 
+// Two blocks a multiprocessor at least: left to choose, ptxas aimed at more of them and spilled.
 template <Family family, bool transposed, int batch_tiles, int parts>
-__global__ void __launch_bounds__(kThreads) skinny_kernel(const Product p) {
+__global__ void __launch_bounds__(kThreads, 2) skinny_kernel(const Product p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Warp warp;
   skinny_block<Config<family, transposed, batch_tiles, parts>>(p, warp, shared);

@@ -7,8 +7,8 @@
 //
 // All warps of a block read the same x and own outputs of their own; a step of the loop is a patch for
 // each of a quad's four lanes, so 4 * Patch::kReduction reduction indices. Nothing of W leaves registers.
-// Instructions per weight and thread of the loop, 16 rows, sm_90a: rademacher 1.45 (transposed 1.49),
-// uniform 2.49 (2.59), normal 4.20 (4.23); of uniform's 2.49, the hash takes 0.67, decoding 1.5, mma.sync
+// Instructions per weight and thread of the loop, 16 rows, sm_90a: rademacher 1.46 (transposed 1.48),
+// uniform 2.48 (2.59), normal 4.19 (4.14); of uniform's 2.48, the hash takes 0.67, decoding 1.5, mma.sync
 // 0.25, loads of x and the loop itself the rest. benchmarks/results/cuda_resources.json has all of them.
 // Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward), and a float
 // that is no bf16 (x of float32 or float16, x * in_gain) enters as three bf16 that sum to it exactly.
@@ -151,30 +151,43 @@ NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t bat
 }
 
 // The same for x that is bf16 throughout, with whole patches of it aligned to their size: a patch of a row
-// is loaded at once and permuted in registers. Element by element, staging cost a fifth of the loop.
+// is loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that
+// addresses are sums: 17 instructions a patch (uniform, forward), 3 % of the loop's at 16 rows; with indices
+// divided anew for each it was 70, and stage_x has up to 240 for four elements, branches of all dtypes told.
 template <class C, class Machine>
 NMKERN_DEVICE void stage_x_aligned(const Product& p, const Machine& machine, int64_t batch_first,
                                    int64_t first, int steps, unsigned char* shared) {
   using Patch = typename C::Patch;
   constexpr int kPieces = Patch::kReduction / 4;
-  for (int i = machine.thread(); i < steps * C::kBatchTiles * kLanes; i += kThreads) {
-    const int lane = i % kLanes, tile = i / kLanes % C::kBatchTiles, step = i / (kLanes * C::kBatchTiles);
+  constexpr int kTileWarps = C::kBatchTiles < kWarps ? C::kBatchTiles : kWarps;
+  constexpr int kStride = kWarps / kTileWarps;  // steps that the block stages at once
+  constexpr int kStep = kQuadLanes * Patch::kReduction;
+  // Turns that load at once; a patch of rademacher is four loads as it is.
+  [[maybe_unused]] constexpr int kTurns = kPieces > 2 ? 1 : 4;
+  const int warp = machine.thread() / kLanes, lane = machine.lane();
+#pragma unroll
+  for (int tile = warp % kTileWarps; tile < C::kBatchTiles; tile += kTileWarps) {
     const int64_t m = batch_first + 8 * tile + b_col(lane);
-    const int64_t k = ((first + step) * kQuadLanes + place_of(lane)) * Patch::kReduction;
-    uint32_t element[kPieces][2] = {};  // two elements each
-    if (m < p.batch && k < p.reduction)
-      machine.load_elements(static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + k, element);
-    const auto half = [&](int index) { return element[index / 4][index / 2 % 2] >> (index % 2 * 16); };
+    const int64_t k = ((first + warp / kTileWarps) * kQuadLanes + place_of(lane)) * Patch::kReduction;
+    const uint16_t* x = static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + k;
+    const int64_t left = m < p.batch && k < p.reduction ? p.reduction - k : 0;
+    const int64_t whole = (left + kStep - 1) / kStep;
+    const int end = warp / kTileWarps + int(whole < steps ? whole : steps);  // the steps that x has
+    unsigned char* to = shared + C::x_line(lane) + C::x_offset(warp / kTileWarps, 0);
+#pragma unroll kTurns
+    for (int step = warp / kTileWarps; step < steps; step += kStride) {
+      uint32_t element[kPieces][2] = {};  // two elements each
+      if (step < end) machine.load_elements(x, element);
+      const auto half = [&](int index) { return element[index / 4][index / 2 % 2] >> (index % 2 * 16); };
 #pragma unroll
-    for (int depth = 0; depth < Patch::kDepth; ++depth) {
-      uint32_t pair[2];
+      for (int depth = 0; depth < Patch::kDepth; ++depth) {
+        auto* pair = reinterpret_cast<uint32_t*>(to + C::x_offset(0, depth * C::kBatchTiles + tile));
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        pair[h] = low_halves(half(Patch::reduction(depth, h, 0)), half(Patch::reduction(depth, h, 1)));
-      const int at = C::x_offset(step, depth * C::kBatchTiles + tile) + C::x_line(lane);
-      auto* to = reinterpret_cast<uint32_t*>(shared + at);
-      to[0] = pair[0];
-      to[1] = pair[1];
+        for (int h = 0; h < 2; ++h)
+          pair[h] = low_halves(half(Patch::reduction(depth, h, 0)), half(Patch::reduction(depth, h, 1)));
+      }
+      x += kStride * kStep;
+      to += C::x_offset(kStride, 0);
     }
   }
 }
