@@ -1,6 +1,6 @@
 """``python -m benchmarks cpu [--quick] [--out FILE]`` measures, ``python -m benchmarks gpu --out DIR`` tests
 and measures on a GPU, ``python -m benchmarks report`` writes the README's results from the committed rows,
-``python -m benchmarks resources`` compiles the Triton kernels.
+``python -m benchmarks resources [--cuda]`` compiles the Triton kernels, or the CUDA kernels.
 """
 
 import argparse
@@ -22,8 +22,9 @@ def main() -> None:
     gpu.add_argument("--minutes", type=float, default=8, help="for all of it; rows that do not fit are left")
     gpu.add_argument("--commit", help="what rows name as their commit, where the checkout has no history")
     commands.add_parser("report", help="rebuild the README's table and figure from benchmarks/results")
-    resources = commands.add_parser("resources", help="what the Triton kernels compile to, without a GPU")
-    resources.add_argument("--out", type=Path, default=RESULTS / "triton_resources.json")
+    resources = commands.add_parser("resources", help="what the GPU kernels compile to, without a GPU")
+    resources.add_argument("--cuda", action="store_true", help="the CUDA kernels, with nvcc, not Triton's")
+    resources.add_argument("--out", type=Path, help="default: the committed table")
     args = parser.parse_args()
     if args.command == "cpu":
         from benchmarks.clocks import HostClock
@@ -36,9 +37,11 @@ def main() -> None:
 
         sys.exit(on_gpu.run(args.out, args.quick, args.minutes, args.commit))
     elif args.command == "resources":
-        from benchmarks.resources import run as measure
-
-        measure(args.out)
+        if args.cuda:
+            from benchmarks.cuda_resources import run as measure
+        else:
+            from benchmarks.resources import run as measure
+        measure(args.out or RESULTS / f"{'cuda' if args.cuda else 'triton'}_resources.json")
     else:
         from benchmarks.report import rebuild
 

@@ -79,8 +79,8 @@ def measure(variant: dict[str, Any]) -> dict[str, float]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        usage = run_tool("cuobjdump", "-res-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
     row: dict[str, float] = {
@@ -93,23 +93,29 @@ def measure(variant: dict[str, Any]) -> dict[str, float]:
     return row
 
 
-def _run(tool: str, *arguments: str) -> str:
+def run_tool(tool: str, *arguments: str) -> str:
+    """What one of the CUDA tools in Triton's wheel prints."""
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _longest_loop(code: str) -> int:
-    """Instructions of the longest innermost loop: from a label to the branch back to it."""
+def loops(code: str) -> list[list[str]]:
+    """The loops of a disassembled kernel: the instructions from a label to each branch back to it."""
     labels: dict[str, int] = {}
-    count, longest = 0, 0
+    instructions: list[str] = []
+    found = []
     for line in code.splitlines():
         if match := re.match(r"^\s*(\.L_\w+):", line):
-            labels[match[1]] = count
+            labels[match[1]] = len(instructions)
         elif match := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
-            count += 1
+            instructions.append(match[1])
             back = re.search(r"BRA.*`\((\.L_\w+)\)", match[1])
             if back and back[1] in labels:
-                longest = max(longest, count - labels[back[1]])
-    return longest
+                found.append(instructions[labels[back[1]] :])
+    return found
+
+
+def _longest_loop(code: str) -> int:
+    return max(map(len, loops(code)), default=0)
 
 
 def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int, stages: int = 2):
@@ -238,8 +244,14 @@ _OTHERS = {
 
 
 def run(out: Path) -> None:
-    rows = {name: measure(variant) for name, variant in variants().items()}
-    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items()]
-    out.write_text(f'{{\n  "triton": {json.dumps(triton.__version__)},\n' + ",\n".join(lines) + "\n}\n")
+    write_table(
+        out, {"triton": triton.__version__}, {name: measure(variant) for name, variant in variants().items()}
+    )
+
+
+def write_table(out: Path, compiler: dict[str, str], rows: dict[str, dict[str, float]]) -> None:
+    """A line for the compiler's version, then one a kernel."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in {**compiler, **rows}.items()]
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     for name, row in rows.items():
         print(f"{name:45} {row}")

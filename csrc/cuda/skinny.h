@@ -1,0 +1,35 @@
+// The dense product for small batches on CUDA: what a call is, free of any framework.
+//
+//   y[m, n] = (factor * sum_k (x[m, k] * in_gain[c, k]) * code[n, k]) * out_gain[c, n] + bias[c, n]
+//
+// Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/dense.h.
+#pragma once
+
+#include "product.h"
+
+namespace nmkern::cuda {
+
+struct Skinny {
+  Family family;
+  Key key;
+  int64_t row_offset, col_offset, rows, cols;  // in the stream's orientation
+  bool transposed;
+  float factor;
+
+  int64_t batch;  // M; 64 rows share what is generated, more are served by generating again
+  Matrix x;       // [M, K]
+  Matrix y;       // [M, N]
+  Bank in_gain, out_gain, bias;
+  const int64_t* context = nullptr;
+
+  int64_t inputs() const { return transposed ? rows : cols; }
+  int64_t outputs() const { return transposed ? cols : rows; }
+};
+
+// Scratch that the call needs, in bytes: at most 64 MiB, or one float for each output where that is more.
+int64_t skinny_scratch(const Skinny& call);
+
+// Enqueues the call on a cudaStream_t and waits for nothing; a cudaError_t. `scratch` is 16-byte aligned.
+int skinny_product(const Skinny& call, void* scratch, void* stream);
+
+}  // namespace nmkern::cuda

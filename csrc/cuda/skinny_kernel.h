@@ -1,0 +1,345 @@
+// The product for small batches: one warp generates 16-row tiles of W in A's registers, x is B.
+//
+//   partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]    (skinny_block)
+//   y[m, n] = (factor * sum_s partial[s, m, n]) * out_gain[c, n] + bias[c, n]               (finish_one)
+//
+//   x -> stage_x -> shared memory, in the order of B's registers -> multiply -> partial -> finish -> y
+//
+// All warps of a block read the same x and own outputs of their own; a step of the loop is a patch for
+// each of a quad's four lanes, so 4 * Patch::kReduction reduction indices. Nothing of W leaves registers.
+// Instructions per weight and thread of the loop, 16 rows, sm_90a: rademacher 1.46 (transposed 1.48),
+// uniform 2.48 (2.59), normal 4.19 (4.14); of uniform's 2.48, the hash takes 0.67, decoding 1.5, mma.sync
+// 0.25, loads of x and the loop itself the rest. benchmarks/results/cuda_resources.json has all of them.
+// Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward), and a float
+// that is no bf16 (x of float32 or float16, x * in_gain) enters as three bf16 that sum to it exactly.
+//
+// The block is written over a Machine (who am I, wait, multiply, load, store): skinny.cu has the device's,
+// tests/native/skinny_block.cpp one that runs the very same code on a host.
+#pragma once
+
+#include <type_traits>
+
+#include "product.h"
+
+namespace nmkern::cuda {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
+constexpr int kLineBytes = 128;
+
+struct Product {
+  Matrix x;
+  Bank in_gain;
+  const int64_t* context;
+  bool aligned;               // x serves stage_x_aligned
+  RoundKeys keys;
+  int64_t batch, reduction;   // M, K
+  uint32_t reduction_patch;   // first counter of the reduction, and where in that patch it begins
+  int32_t reduction_skip;
+  uint32_t output_patch;      // first counter of the outputs
+  int64_t steps;              // of the whole reduction
+  int64_t split_steps;        // of a split, a multiple of Config::kUnroll
+  float* partial;             // [splits, M, partial_stride]; index 0 is the first output of a patch
+  int64_t partial_stride;
+};
+
+// How many fields of a word a lane takes, and how many patches beside each other: what keeps the sums
+// (2 * groups * outputs * tiles of the batch) within 128 registers, more patches where they share more.
+template <Family family, bool transposed>
+constexpr int fields_of(int batch_tiles) {
+  const int all = columns_per_word(family), most = 64 / batch_tiles;
+  return !transposed || all <= most ? all : most;
+}
+
+template <Family family, bool transposed>
+constexpr int groups_of(int batch_tiles) {
+  const int outputs = transposed ? fields_of<family, transposed>(batch_tiles) : kRowsPerPatch;
+  const int fit = 64 / (batch_tiles * outputs);
+  const int wanted = family == Family::rademacher || (transposed && family == Family::uniform) ? 2 : 4;
+  return fit < wanted ? (fit < 1 ? 1 : fit) : wanted;
+}
+
+template <Family family, bool transposed, int batch_tiles, int parts>
+struct Config {
+  static constexpr int kBatchTiles = batch_tiles;  // of 8 rows
+  static constexpr int kParts = parts;             // bf16 parts of an element of x
+  using Patch = PatchLayout<family, transposed, fields_of<family, transposed>(batch_tiles)>;
+  static constexpr int kSlices = transposed ? Patch::kColumns / Patch::kFields : 1;
+  static constexpr int kGroups = groups_of<family, transposed>(batch_tiles);
+  static constexpr int kBlockPatches = kWarps * kGroups * kQuads;
+  static constexpr int kBlockOutputs = kBlockPatches * (transposed ? Patch::kColumns : kRowsPerPatch);
+
+  // B's registers of a step, in pairs (a k16 step's two): pair (depth * batch_tiles + tile) * parts + part.
+  // Two pairs make a load of 16 bytes where there are two.
+  static constexpr int kPairs = Patch::kDepth * batch_tiles * parts;
+  static constexpr int kVector = kPairs % 2 == 0 ? 2 : 1;
+  static constexpr int kStepBytes = kPairs * 8 * kLanes;
+  // With normal's table in shared memory, x takes the 128-byte lines between its entries.
+  static constexpr bool kTable = family == Family::normal;
+  static constexpr int kStageBytes = parts == 1 || kTable ? 32 << 10 : 48 << 10;
+  static constexpr int kSharedBytes = kTable ? kTableBytes : kStageBytes;
+
+  // Steps a turn of the loop: uniform transposed has few weights in a step, and takes 2.67 with one.
+  static constexpr int kUnroll = transposed && family == Family::uniform ? 4 : 1;
+  static constexpr int kStageSteps = kStageBytes / kStepBytes / kUnroll * kUnroll;
+
+  static_assert(kStageSteps > 0 && (!kTable || kStageBytes <= kTableBytes / 2));
+
+  // Where a pair of a lane lies in shared memory.
+  NMKERN_HD static constexpr int x_line(int lane) {
+    const int at = lane * 8 * kVector;
+    return kTable ? at / kLineBytes * kEntryBytes + kLineBytes + at % kLineBytes : at;
+  }
+  NMKERN_HD static constexpr int x_offset(int step, int pair) {
+    return (step * kPairs + pair) / kVector * (8 * kVector * kLanes) * (kTable ? 2 : 1) +
+           pair % kVector * 8;
+  }
+};
+
+// v as bf16 parts that sum to it: the upper 8 bits of what is left, by truncation, which overflows
+// nowhere. What is not finite is its first part alone.
+template <int parts>
+NMKERN_DEVICE void split_float(float v, uint32_t (&out)[parts]) {
+  if constexpr (parts == 1) {
+    out[0] = bits_of(v) >> 16;
+  } else {
+    const bool finite = (bits_of(v) & 0x7F800000) != 0x7F800000;
+    if (!finite) v = float_of(v == v ? bits_of(v) : 0x7FC00000);
+#pragma unroll
+    for (int part = 0; part < parts; ++part) {
+      const uint32_t upper = bits_of(v) & 0xFFFF0000;
+      out[part] = upper >> 16;
+      v = finite ? v - float_of(upper) : 0.0f;
+    }
+  }
+}
+
+template <class Machine>
+NMKERN_DEVICE float input_value(const Product& p, int64_t m, int64_t k) {
+  if (m >= p.batch || k < 0 || k >= p.reduction) return 0.0f;
+  const float x = read_element(p.x, m, k);
+  if (!p.in_gain.data) return x;
+  return Machine::rounded_product(x, bank_value(p.in_gain, p.context, m, p.reduction, k));
+}
+
+// Steps [first, first + steps) of x into shared memory, as every lane's B registers.
+template <class C, class Machine>
+NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t batch_first, int64_t first,
+                           int steps, unsigned char* shared) {
+  using Patch = typename C::Patch;
+  for (int i = machine.thread(); i < steps * (C::kPairs / C::kParts) * kLanes; i += kThreads) {
+    const int lane = i % kLanes, tile = i / kLanes % C::kBatchTiles;
+    const int depth = i / (kLanes * C::kBatchTiles) % Patch::kDepth;
+    const int step = i / (kLanes * C::kBatchTiles * Patch::kDepth);
+    const int64_t m = batch_first + 8 * tile + b_col(lane);
+    const int64_t patch = (first + step) * kQuadLanes + place_of(lane);
+    const int64_t k = patch * Patch::kReduction - p.reduction_skip;
+    uint32_t value[2][2][C::kParts];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        split_float(input_value<Machine>(p, m, k + Patch::reduction(depth, h, e)), value[h][e]);
+#pragma unroll
+    for (int part = 0; part < C::kParts; ++part) {
+      const int pair = (depth * C::kBatchTiles + tile) * C::kParts + part;
+      uint32_t* to = reinterpret_cast<uint32_t*>(shared + C::x_offset(step, pair) + C::x_line(lane));
+      to[0] = value[0][0][part] | value[0][1][part] << 16;
+      to[1] = value[1][0][part] | value[1][1][part] << 16;
+    }
+  }
+}
+
+// The same for x that is bf16 throughout, with whole patches of it aligned to their size: a patch of a row
+// is loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that
+// addresses are sums: 17 instructions a patch (uniform, forward), 3 % of the loop's at 16 rows; with indices
+// divided anew for each it was 70, and stage_x has up to 240 for four elements, branches of all dtypes told.
+template <class C, class Machine>
+NMKERN_DEVICE void stage_x_aligned(const Product& p, const Machine& machine, int64_t batch_first,
+                                   int64_t first, int steps, unsigned char* shared) {
+  using Patch = typename C::Patch;
+  constexpr int kPieces = Patch::kReduction / 4;
+  constexpr int kTileWarps = C::kBatchTiles < kWarps ? C::kBatchTiles : kWarps;
+  constexpr int kStride = kWarps / kTileWarps;  // steps that the block stages at once
+  constexpr int kStep = kQuadLanes * Patch::kReduction;
+  // Turns that load at once; a patch of rademacher is four loads as it is.
+  [[maybe_unused]] constexpr int kTurns = kPieces > 2 ? 1 : 4;
+  const int warp = machine.thread() / kLanes, lane = machine.lane();
+#pragma unroll
+  for (int tile = warp % kTileWarps; tile < C::kBatchTiles; tile += kTileWarps) {
+    const int64_t m = batch_first + 8 * tile + b_col(lane);
+    const int64_t k = ((first + warp / kTileWarps) * kQuadLanes + place_of(lane)) * Patch::kReduction;
+    const uint16_t* x = static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + k;
+    const int64_t left = m < p.batch && k < p.reduction ? p.reduction - k : 0;
+    const int64_t whole = (left + kStep - 1) / kStep;
+    const int end = warp / kTileWarps + int(whole < steps ? whole : steps);  // the steps that x has
+    unsigned char* to = shared + C::x_line(lane) + C::x_offset(warp / kTileWarps, 0);
+#pragma unroll kTurns
+    for (int step = warp / kTileWarps; step < steps; step += kStride) {
+      uint32_t element[kPieces][2] = {};  // two elements each
+      if (step < end) machine.load_elements(x, element);
+      const auto half = [&](int index) { return element[index / 4][index / 2 % 2] >> (index % 2 * 16); };
+#pragma unroll
+      for (int depth = 0; depth < Patch::kDepth; ++depth) {
+        auto* pair = reinterpret_cast<uint32_t*>(to + C::x_offset(0, depth * C::kBatchTiles + tile));
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          pair[h] = low_halves(half(Patch::reduction(depth, h, 0)), half(Patch::reduction(depth, h, 1)));
+      }
+      x += kStride * kStep;
+      to += C::x_offset(kStride, 0);
+    }
+  }
+}
+
+template <class Machine>
+NMKERN_DEVICE void stage_table(const Machine& machine, unsigned char* shared) {
+  for (int i = machine.thread(); i < 256 * kLanes; i += kThreads)
+    *reinterpret_cast<uint32_t*>(shared + i / kLanes * kEntryBytes + i % kLanes * 4) =
+        machine.table().entry[i / kLanes];
+}
+
+// The loop that the time goes into: hash a patch, decode, multiply by the batch; nothing else.
+template <class C, class Machine, class Fixed, class Sums>
+NMKERN_DEVICE void multiply(const Product& p, Machine& machine, const unsigned char* shared, uint32_t patch,
+                            int steps, const Fixed& fixed, int slice_bits, Sums& sums) {
+  using Patch = typename C::Patch;
+  const uint32_t lane_bytes = uint32_t(machine.lane()) * 4;
+  const auto lookup = [&](uint32_t word, int field) {
+    return *reinterpret_cast<const uint32_t*>(shared + table_offset(word, field, lane_bytes));
+  };
+  const unsigned char* x = shared + C::x_line(machine.lane());
+#pragma unroll 1
+  for (; steps > 0; steps -= C::kUnroll) {
+#pragma unroll
+    for (int turn = 0; turn < C::kUnroll; ++turn) {
+      Words words[C::kGroups];
+      if constexpr (Patch::kTransposed) {
+        const RowPart row = row_part(patch, p.keys);
+#pragma unroll
+        for (int group = 0; group < C::kGroups; ++group) {
+          words[group] = cuda::patch(row, fixed[group], p.keys);
+          if constexpr (C::kSlices > 1)
+#pragma unroll
+            for (uint32_t& word : words[group].w) word >>= slice_bits;
+        }
+      } else {
+        const ColumnPart column = column_part(patch, p.keys);
+#pragma unroll
+        for (int group = 0; group < C::kGroups; ++group)
+          words[group] = cuda::patch(fixed[group], column, p.keys);
+      }
+#pragma unroll
+      for (int depth = 0; depth < Patch::kDepth; ++depth) {
+        constexpr int kHere = C::kBatchTiles * C::kParts;
+        uint32_t b[kHere][2];
+        machine.template load<C>(x, depth * kHere, b);
+#pragma unroll
+        for (int group = 0; group < C::kGroups; ++group)
+#pragma unroll
+          for (int tile = 0; tile < Patch::kTiles; ++tile) {
+            uint32_t a[4];
+#pragma unroll
+            for (int reg = 0; reg < 4; ++reg)
+              a[reg] = a_register<Patch>(words[group], tile, depth, reg, lookup);
+#pragma unroll
+            for (int at = 0; at < kHere; ++at) machine.multiply(sums[group][tile][at / C::kParts], a, b[at]);
+          }
+      }
+      patch += kQuadLanes;
+      x += C::x_offset(1, 0);
+    }
+  }
+}
+
+// The sums of a lane: runs of consecutive outputs, four of them a store.
+template <class C, class Machine, class Sums>
+NMKERN_DEVICE void write_partial(const Product& p, const Machine& machine, int64_t batch_first,
+                                 int64_t first_patch, int slice, int64_t split_index, const Sums& sums) {
+  using Patch = typename C::Patch;
+  constexpr int kPatchOutputs = Patch::kTransposed ? Patch::kColumns : kRowsPerPatch;
+#pragma unroll
+  for (int group = 0; group < C::kGroups; ++group)
+#pragma unroll
+    for (int tile = 0; tile < C::kBatchTiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t m = batch_first + 8 * tile + c_col(machine.lane(), e);
+        if (m >= p.batch) continue;
+        const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * Patch::kFields;
+        float* to = p.partial + (split_index * p.batch + m) * p.partial_stride + n;
+#pragma unroll
+        for (int output = 0; output < Patch::kOutputs; output += 4) {
+          // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
+          const auto& first = sums[group][output / 2][tile];
+          const auto& second = sums[group][output / 2 + 1][tile];
+          machine.store(to + output, first[e], first[2 + e], second[e], second[2 + e]);
+        }
+      }
+}
+
+template <class C, class Machine>
+NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned char* shared) {
+  using Patch = typename C::Patch;
+  const int slice = int(machine.block_x() % C::kSlices);
+  const int64_t first_patch = machine.block_x() / C::kSlices * int64_t{C::kBlockPatches} +
+                              machine.thread() / kLanes * C::kGroups * kQuads + quad_of(machine.lane());
+  const int64_t batch_first = int64_t{machine.block_z()} * 8 * C::kBatchTiles;
+  const int64_t split_first = int64_t{machine.block_y()} * p.split_steps;
+  const int64_t left = p.steps - split_first;
+  const int64_t split_end = split_first + (left < p.split_steps ? left : p.split_steps);
+
+  using Fixed = std::conditional_t<Patch::kTransposed, ColumnPart, RowPart>;
+  Fixed fixed[C::kGroups];
+#pragma unroll
+  for (int group = 0; group < C::kGroups; ++group) {
+    const uint32_t counter = p.output_patch + uint32_t(first_patch) + uint32_t(group * kQuads);
+    if constexpr (Patch::kTransposed)
+      fixed[group] = column_part(counter, p.keys);
+    else
+      fixed[group] = row_part(counter, p.keys);
+  }
+  float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
+  if constexpr (C::kTable) stage_table(machine, shared);
+  for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
+    const int steps = int(split_end - first < C::kStageSteps ? split_end - first : C::kStageSteps);
+    machine.wait();
+    // What is left over of the last step is multiplied by zeros.
+    const int whole_steps = (steps + C::kUnroll - 1) / C::kUnroll * C::kUnroll;
+    if (C::kParts == 1 && p.aligned)
+      stage_x_aligned<C>(p, machine, batch_first, first, whole_steps, shared);
+    else
+      stage_x<C>(p, machine, batch_first, first, whole_steps, shared);
+    machine.wait();
+    const uint32_t patch =
+        p.reduction_patch + uint32_t(first) * kQuadLanes + uint32_t(place_of(machine.lane()));
+    const int slice_bits = slice * (32 / Patch::kColumns) * Patch::kFields;
+    multiply<C>(p, machine, shared, patch, whole_steps, fixed, slice_bits, sums);
+  }
+  write_partial<C>(p, machine, batch_first, first_patch, slice, machine.block_y(), sums);
+}
+
+// The second stage: sums of the splits, then the modulation, each step rounded on its own.
+struct Finish {
+  const float* partial;
+  int64_t splits, partial_stride, skip;  // skip: outputs of the first patch before the matrix
+  int64_t batch, outputs;
+  float factor;
+  Bank out_gain, bias;
+  const int64_t* context;
+  Matrix y;
+};
+
+template <class Machine>
+NMKERN_DEVICE void finish_one(const Finish& f, int64_t m, int64_t n) {
+  float sum = 0;
+  for (int64_t s = 0; s < f.splits; ++s)
+    sum = Machine::rounded_sum(sum, f.partial[(s * f.batch + m) * f.partial_stride + f.skip + n]);
+  sum = Machine::rounded_product(sum, f.factor);
+  if (f.out_gain.data)
+    sum = Machine::rounded_product(sum, bank_value(f.out_gain, f.context, m, f.outputs, n));
+  if (f.bias.data) sum = Machine::rounded_sum(sum, bank_value(f.bias, f.context, m, f.outputs, n));
+  write_element(f.y, m, n, sum);
+}
+
+}  // namespace nmkern::cuda

@@ -1,0 +1,101 @@
+// Reads tests/vectors.txt and holds the CUDA kernels' hash and decode to every dense line of it: the patch of
+// the element goes into A's registers, both ways, and each register's two bf16 must be the codes of the
+// elements that fragment.h says they are. Prints the number of lines.
+#include <fstream>
+#include <iostream>
+#include <sstream>
+#include <string>
+
+#include "../../csrc/cuda/decode.h"
+#include "../../csrc/cuda/hash.h"
+
+namespace {
+
+using namespace nmkern;
+using namespace nmkern::cuda;
+
+constexpr NormalTable kTable = normal_table();
+
+// The number of times that (row, field) of the patch stands in A with this code; -1 where a code is wrong.
+template <class Patch>
+int occurrences(Words words, int first_field, int row, int field, int code) {
+  constexpr int kBits = 32 / Patch::kColumns;
+  const Words drawn = words;
+  for (uint32_t& word : words.w) word >>= first_field * kBits;
+  const auto lookup = [](uint32_t word, int at) {
+    const uint32_t lane_bytes = 31 * 4;  // the last lane
+    const uint32_t offset = table_offset(word, at, lane_bytes);
+    return offset % kEntryBytes == lane_bytes ? kTable.entry[offset / kEntryBytes] : 0xFFFF;
+  };
+  int found = 0;
+  for (int tile = 0; tile < Patch::kTiles; ++tile)
+    for (int depth = 0; depth < Patch::kDepth; ++depth)
+      for (int reg = 0; reg < 4; ++reg) {
+        const uint32_t pair = a_register<Patch>(words, tile, depth, reg, lookup);
+        for (int e = 0; e < 2; ++e) {
+          const int output = Patch::output(tile, reg & 1);
+          const int reduction = Patch::reduction(depth, reg >> 1, e);
+          const int r = Patch::kTransposed ? reduction : output;
+          const int f = Patch::kTransposed ? first_field + output : reduction;
+          const uint32_t bits = drawn.w[r] >> (f * kBits) & ((1u << kBits) - 1);
+          const float value = float_of(e ? pair & 0xFFFF0000 : pair << 16);
+          if (value != float(decode(Patch::kFamily, bits))) return -1;
+          if (r == row && f == field && value == float(code)) ++found;
+        }
+      }
+  return found;
+}
+
+template <Family family, int fields>
+int in_slices(const Words& words, int row, int field, int code) {
+  int found = 0;
+  for (int first = 0; first < columns_per_word(family); first += fields)
+    found += occurrences<PatchLayout<family, true, fields>>(words, first, row, field, code);
+  return found;
+}
+
+template <Family family>
+bool check(uint64_t row, uint64_t col, uint32_t word, int code, Key key) {
+  constexpr int kColumns = columns_per_word(family);
+  const RoundKeys keys = round_keys(key, family);
+  const Words words =
+      patch(row_part(uint32_t(row / 4), keys), column_part(uint32_t(col / kColumns), keys), keys);
+  const int r = int(row % 4), f = int(col % kColumns);
+  if (words.w[r] != word) return false;
+  if (occurrences<PatchLayout<family, false>>(words, 0, r, f, code) != 1) return false;
+  if (occurrences<PatchLayout<family, true>>(words, 0, r, f, code) != 1) return false;
+  if constexpr (family == Family::rademacher)
+    return in_slices<family, 16>(words, r, f, code) == 1 && in_slices<family, 8>(words, r, f, code) == 1;
+  return true;
+}
+
+bool check(const std::string& line) {
+  std::istringstream in(line);
+  std::string kind, name;
+  uint64_t seed, row, col;
+  uint32_t word;
+  int code;
+  in >> kind >> name >> seed >> row >> col >> std::hex >> word >> std::dec >> code;
+  const Key key{uint32_t(seed), uint32_t(seed >> 32)};
+  if (!in) return false;
+  if (name == "rademacher") return check<Family::rademacher>(row, col, word, code, key);
+  if (name == "uniform") return check<Family::uniform>(row, col, word, code, key);
+  return check<Family::normal>(row, col, word, code, key);
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  std::ifstream file(argv[1]);
+  std::string line;
+  int lines = 0;
+  while (std::getline(file, line)) {
+    if (line.rfind("dense ", 0) != 0) continue;
+    if (!check(line)) {
+      std::cout << "differs: " << line << "\n";
+      return 1;
+    }
+    ++lines;
+  }
+  std::cout << lines << "\n";
+}

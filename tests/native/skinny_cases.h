@@ -1,0 +1,204 @@
+// The cases of the small-batch product and their exact reference, for a host (skinny_block.cpp) and for a
+// GPU (skinny_device.cu): both run all of them and compare outputs bit for bit.
+//
+// Inputs are integers, so that every sum is exact, in whatever order. Outputs start as NaN.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/skinny.h"
+
+namespace {
+
+using namespace nmkern;
+using namespace nmkern::cuda;
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("%s\n", what.c_str());
+  std::exit(1);
+}
+
+// Memory that whoever runs the product can read.
+void* (*allocate_bytes)(size_t) = std::malloc;
+void (*free_bytes)(void*) = std::free;
+
+template <class T>
+struct Allocator {
+  using value_type = T;
+  Allocator() = default;
+  template <class U>
+  Allocator(const Allocator<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(allocate_bytes(count * sizeof(T))); }
+  void deallocate(T* at, size_t) { free_bytes(at); }
+  bool operator==(const Allocator&) const { return true; }
+};
+template <class T>
+using Buffer = std::vector<T, Allocator<T>>;
+
+int code_at(const Skinny& call, int64_t row, int64_t col) {
+  row += call.row_offset, col += call.col_offset;
+  const int columns = columns_per_word(call.family), bits = 32 / columns;
+  const uint32_t word =
+      philox4x32(uint32_t(col / columns), uint32_t(row / 4), 0, uint32_t(call.family), call.key).w[row % 4];
+  return decode(call.family, word >> (col % columns * bits) & ((1u << bits) - 1));
+}
+
+// An integer that the dtype holds exactly.
+void store_exact(void* data, Dtype dtype, int64_t at, float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if (dtype == Dtype::float32) {
+    static_cast<float*>(data)[at] = value;
+  } else if (dtype == Dtype::bfloat16) {
+    static_cast<uint16_t*>(data)[at] = uint16_t(bits >> 16);
+  } else {  // float16: bias 15 for 127, 10 bits of 23
+    const int exponent = int(bits >> 23 & 0xFF) - 112;
+    const uint32_t magnitude = value == 0 ? 0 : uint32_t(exponent) << 10 | (bits >> 13 & 0x3FF);
+    static_cast<uint16_t*>(data)[at] = uint16_t(bits >> 16 & 0x8000) | uint16_t(magnitude);
+  }
+}
+
+struct Case {
+  Family family;
+  bool transposed;
+  int64_t row_offset, col_offset, inputs, outputs, batch;
+  Dtype dtype = Dtype::bfloat16;
+  bool modulated = false;  // gains, bias and contexts
+  int64_t padding = 0;     // elements between rows of x
+  int64_t stride = 1;      // between columns
+};
+
+// The exact product by the definition; every step of it is an integer below 2^24.
+template <class Execute>
+void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
+  Skinny call{};
+  call.family = c.family;
+  call.key = {uint32_t(random()), uint32_t(random())};
+  call.transposed = c.transposed;
+  call.row_offset = c.row_offset, call.col_offset = c.col_offset;
+  call.rows = c.transposed ? c.inputs : c.outputs, call.cols = c.transposed ? c.outputs : c.inputs;
+  call.factor = 0.5f;
+  call.batch = c.batch;
+  const auto integer = [&](int64_t most) {
+    return double(int64_t(random() % uint64_t(2 * most + 1)) - most);
+  };
+
+  const int64_t row_stride = c.inputs * c.stride + c.padding;
+  const int64_t elements = c.batch * row_stride;
+  // Elements of float32 that need all three parts are few in a row, so that sums stay exact.
+  std::vector<double> x(elements);
+  const bool wide = c.dtype == Dtype::float32 && !c.modulated;
+  for (int64_t m = 0; m < c.batch; ++m)
+    for (int64_t k = 0; k < c.inputs; ++k)
+      x[m * row_stride + k * c.stride] =
+          !wide ? integer(4) : random() % uint64_t(c.inputs) < 3 ? integer(21000) : 0;
+  Buffer<uint32_t> storage(elements + 4);
+  auto* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) & ~15ul);
+  call.x = {data, c.dtype, row_stride, c.stride};
+  for (int64_t m = 0; m < c.batch; ++m)
+    for (int64_t k = 0; k < c.inputs; ++k) {
+      const int64_t at = m * row_stride + k * c.stride;
+      store_exact(data, c.dtype, at, float(x[at]));
+    }
+
+  const int64_t contexts = 3;
+  Buffer<float> in_gain(contexts * c.inputs), out_gain(c.batch * c.outputs), bias(c.outputs);
+  Buffer<int64_t> context(c.batch);
+  for (float& v : in_gain) v = float(integer(300));
+  for (float& v : out_gain) v = float(integer(2));
+  for (float& v : bias) v = float(integer(100));
+  for (int64_t& v : context) v = int64_t(random() % contexts);
+  const bool banks = c.batch % 2 != 0;  // in_gain by context, or a row of out_gain for every row of x
+  if (c.modulated) {
+    call.in_gain = {banks ? in_gain.data() : nullptr, contexts};
+    call.context = banks ? context.data() : nullptr;
+    call.out_gain = {out_gain.data(), banks ? 1 : c.batch};
+    call.bias = {bias.data(), 1};
+  }
+  Buffer<float> y(c.batch * c.outputs, std::numeric_limits<float>::quiet_NaN());
+  call.y = {y.data(), Dtype::float32, c.outputs, 1};
+  execute(call);
+
+  std::vector<double> row(c.inputs);
+  for (int64_t n = 0; n < c.outputs; ++n) {
+    for (int64_t k = 0; k < c.inputs; ++k)
+      row[k] = c.transposed ? code_at(call, k, n) : code_at(call, n, k);
+    for (int64_t m = 0; m < c.batch; ++m) {
+      double sum = 0;
+      for (int64_t k = 0; k < c.inputs; ++k)
+        sum += x[m * row_stride + k * c.stride] * row[k] *
+               (call.in_gain.data ? in_gain[context[m] * c.inputs + k] : 1.0f);
+      if (std::abs(sum) > 0x1p24) fail("the case itself is not exact");
+      double want = sum * 0.5;
+      if (c.modulated) want = want * out_gain[banks ? n : m * c.outputs + n] + bias[n];
+      if (y[m * c.outputs + n] != want) {
+        char text[256];
+        std::snprintf(text, sizeof text,
+                      "family %x transposed %d offset %lld %lld K %lld N %lld M %lld dtype %d modulated %d: "
+                      "y[%lld, %lld] is %g, expected %g",
+                      unsigned(c.family), c.transposed, (long long)c.row_offset, (long long)c.col_offset,
+                      (long long)c.inputs, (long long)c.outputs, (long long)c.batch, int(c.dtype),
+                      c.modulated, (long long)m, (long long)n, y[m * c.outputs + n], want);
+        fail(text);
+      }
+    }
+  }
+}
+
+// One weight, +-1, and float32 that strains the three parts: what is not finite, the largest, a small one.
+template <class Execute>
+void check_extremes(const Execute& execute) {
+  Buffer<float> x = {std::numeric_limits<float>::infinity(), std::bit_cast<float>(0x7F800001u),
+                     std::numeric_limits<float>::max(), 0x1.fffffep-100f};
+  Buffer<float> y(x.size(), 0.0f);
+  Skinny call{};
+  call.family = Family::rademacher;
+  call.rows = call.cols = 1;
+  call.factor = 1;
+  call.batch = int64_t(x.size());
+  call.x = {x.data(), Dtype::float32, 1, 1};
+  call.y = {y.data(), Dtype::float32, 1, 1};
+  execute(call);
+  for (size_t m = 0; m < x.size(); ++m) {
+    const float want = x[m] * float(code_at(call, 0, 0));
+    if (want == want ? y[m] != want : y[m] == y[m]) fail("a float32 of its own is not its own product");
+  }
+}
+
+// Runs every case; execute(call) leaves the product in call.y. The number of cases.
+template <class Execute>
+int64_t check_all(const Execute& execute) {
+  check_extremes(execute);
+  std::mt19937_64 random(1);
+  int64_t cases = 1;
+  const auto run = [&](const Case& c) {
+    check(c, random, execute);
+    ++cases;
+  };
+  constexpr int64_t kFar = (int64_t{1} << 34) - 700;
+  for (Family family : {Family::rademacher, Family::uniform, Family::normal})
+    for (bool transposed : {false, true}) {
+      for (int64_t batch : {1, 9, 24, 64}) run({family, transposed, 0, 0, 64, 40, batch});
+      run({family, transposed, 5, 43, 77, 33, 7});                    // ragged everywhere
+      run({family, transposed, 3, 0, 1, 1, 2});                       // one weight
+      run({family, transposed, kFar, kFar + 5, 130, 31, 13});         // the stream's far end
+      run({family, transposed, 2, 1, 32, 9, 70});                     // more rows than a block takes
+      run({family, transposed, 0, 0, 1024, 8, 3});                    // several splits
+      run({family, transposed, 4, 32, 96, 24, 5, Dtype::bfloat16, false, 32});  // aligned, x with padding
+      run({family, transposed, 1, 2, 45, 12, 5, Dtype::bfloat16, false, 3, 2});
+      run({family, transposed, 6, 7, 50, 21, 12, Dtype::float32});
+      run({family, transposed, 6, 7, 90, 21, 4, Dtype::float16});
+      run({family, transposed, 9, 35, 24, 17, 8, Dtype::bfloat16, true});   // no in_gain: a row for each row
+      run({family, transposed, 9, 35, 24, 17, 9, Dtype::bfloat16, true});   // in_gain by context
+      run({family, transposed, 9, 35, 24, 17, 35, Dtype::float32, true});
+    }
+  return cases;
+}
+
+}  // namespace

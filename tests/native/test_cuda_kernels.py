@@ -1,0 +1,47 @@
+"""The CUDA kernels' own code: compiled for the host, which needs no GPU, and on a GPU where there is one."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+VECTORS = HERE.parent / "vectors.txt"
+FLAGS = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+def run_program(folder, name, *arguments):
+    program = folder / name
+    subprocess.run(["c++", *FLAGS, HERE / f"{name}.cpp", "-o", program], check=True)
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
+
+
+def test_registers_hold_the_dense_vectors(tmp_path):
+    dense = sum(line.startswith("dense ") for line in VECTORS.read_text().splitlines())
+    assert run_program(tmp_path, "cuda_vectors", VECTORS) == (0, f"{dense}\n")
+
+
+@pytest.mark.slow
+def test_blocks_of_every_kernel_compute_the_product(tmp_path):
+    """On simulated warps: all families, both ways, ragged sizes, splits, gains; outputs to the bit."""
+    assert run_program(tmp_path, "skinny_block") == (0, "97 cases, 42 kernels\n")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_a_gpu_computes_the_same_cases(tmp_path):
+    program = tmp_path / "skinny_device"
+    major, minor = torch.cuda.get_device_capability()
+    arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    target = f"arch=compute_{arch},code=sm_{arch}"
+    sources = (HERE.parents[1] / "csrc/cuda/skinny.cu", HERE / "skinny_device.cpp")
+    flags = ("-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target)
+    subprocess.run(["nvcc", *flags, *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "97 cases\n")
