@@ -185,7 +185,6 @@ struct Launch {
 void dense_product(const Dense& call, const Runtime& runtime) {
   if (call.batch == 0) return;
   const Launch launch(call, runtime);
-  const Kernels& k = launch.k;
   // Rows of x that are packed at a time: all, or as many whole blocks as the budget takes.
   const int64_t fit = std::max<int64_t>(1, kPackedBytes / launch.packed_row_bytes() / launch.block);
   const int64_t chunk = std::min(call.batch, fit * launch.block);
