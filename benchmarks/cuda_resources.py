@@ -108,5 +108,3 @@ def _per_weight(body: str, multiplies: int) -> float:
 def run(out: Path) -> None:
     rows = {name: row for arch in ARCHS for name, row in measure(arch).items()}
     write_table(out, {"nvcc": compiler()}, rows)
-    for name, row in rows.items():
-        print(f"{name:50} {row}")

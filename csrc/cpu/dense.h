@@ -7,26 +7,10 @@
 // Sizes and strides count elements. Row m reads row c of a bank: see Bank.
 #pragma once
 
-#include <cstdint>
-
+#include "../matrix.h"
 #include "../stream.h"
 
 namespace nmkern::cpu {
-
-enum class Dtype { float32, bfloat16, float16 };
-
-struct Matrix {
-  void* data = nullptr;
-  Dtype dtype = Dtype::float32;
-  int64_t row_stride = 0, col_stride = 0;
-};
-
-// A bank of float32 vectors [rows, features], contiguous. Row m reads row 0 of a bank of one row, else
-// context[m], else m.
-struct Bank {
-  float* data = nullptr;
-  int64_t rows = 0;
-};
 
 struct Dense {
   Family family;

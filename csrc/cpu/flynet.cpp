@@ -52,10 +52,7 @@ struct Sweep {
     mean = static_cast<float*>(allocate(blocks * kBatch * 4));
     weights = static_cast<float*>(allocate(chunk * kSparseRows * net.classes * 4));
     decoded = static_cast<float*>(allocate(runtime.threads * decoded_floats() * 4));
-    // How often each input is drawn: counted by every thread on its own (11 % of a training step, when one
-    // thread did it), exact in whatever order they are added.
-    const int64_t count_floats = (net.inputs + 16) / 16 * 16;
-    auto* counts = static_cast<float*>(allocate(runtime.threads * count_floats * 4));
+    auto* counts = static_cast<float*>(allocate((net.inputs + 1) * 4));
 
     Sparse encoder{};
     encoder.key = net.encoder_key;
@@ -68,18 +65,13 @@ struct Sweep {
     encoder.batch = net.batch;
     encoder.x = net.x;
     draw_columns(encoder, runtime, 0, groups, columns);
-    std::fill_n(counts, runtime.threads * count_floats, 0.0f);
-    parallel_for(runtime, groups, grain(kSparseRows * net.fan_in), [&](int64_t begin, int64_t end) {
-      float* mine = counts + runtime.thread_index() * count_floats;
-      for (int64_t first = begin * kSparseRows; first < std::min(end * kSparseRows, net.hidden); first += k.lanes) {
-        const uint32_t* drawn = columns + first * net.fan_in;
-        const int64_t lanes = std::min<int64_t>(k.lanes, net.hidden - first);
-        for (int64_t s = 0; s < net.fan_in; ++s, drawn += k.lanes)
-          for (int64_t lane = 0; lane < lanes; ++lane) mine[drawn[lane]] += 1;
-      }
-    });
-    for (int64_t t = 1; t < runtime.threads; ++t)
-      for (int64_t i = 0; i < net.inputs; ++i) counts[i] += counts[t * count_floats + i];
+    std::fill_n(counts, net.inputs + 1, 0.0f);
+    for (int64_t first = 0; first < net.hidden; first += k.lanes) {
+      const uint32_t* drawn = columns + first * net.fan_in;
+      const int64_t lanes = std::min<int64_t>(k.lanes, net.hidden - first);
+      for (int64_t s = 0; s < net.fan_in; ++s, drawn += k.lanes)
+        for (int64_t lane = 0; lane < lanes; ++lane) counts[drawn[lane]] += 1;
+    }
     parallel_for(runtime, blocks, grain(2 * block_floats), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         float* to = x + b * block_floats;

@@ -2,47 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 
 #include "dense.h"
 
 namespace nmkern::cpu {
-
-inline float from_bfloat16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
-
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
-inline uint16_t to_bfloat16(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return uint16_t(value == value ? rounded : bits >> 16 | 0x40);
-}
-
-// float16 by hand: GCC has no _Float16 in C++ before 12 (AArch64: 13), and where the CPU is not known to
-// convert, _Float16 is a call of a libgcc of GCC 12 for each element, which older systems have not.
-inline float from_float16(uint16_t bits) {
-  const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = bits & 0x7FFF;
-  const uint32_t subnormal = std::bit_cast<uint32_t>(float(int(magnitude)) * 0x1p-24f);
-  const uint32_t normal = (magnitude << 13) + ((127 - 15) << 23);
-  const uint32_t special = (magnitude << 13) | 0x7F800000;
-  return std::bit_cast<float>(sign | (magnitude < 0x400    ? subnormal
-                                      : magnitude < 0x7C00 ? normal
-                                                           : special));
-}
-
-// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
-inline uint16_t to_float16(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
-  // 0.5 has 2^-24 as its unit in the last place, as subnormals of float16 have.
-  const uint32_t subnormal =
-      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
-  // The carry of a mantissa that rounds up goes into the exponent, at the end of the range to infinity.
-  const uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
-  const uint32_t special = magnitude > 0x7F800000 ? 0x7E00 | (magnitude >> 13 & 0x3FF) : 0x7C00;
-  return uint16_t(sign | (magnitude < 0x38800000   ? subnormal
-                          : magnitude < 0x47800000 ? normal
-                                                   : special));
-}
 
 template <class T, class Convert>
 inline void read(const T* from, int64_t stride, int64_t count, float* to, Convert convert) {

@@ -97,36 +97,38 @@ def normalize_bank(
     if not isinstance(bank, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(bank).__name__}")
     wide = primitives.sum_dtype(x.dtype)
-    if bank.ndim == 1 and bank.dtype == wide and bank.shape[0] == features and bank.device == x.device:
-        return bank.unsqueeze(0)  # the common case: one vector for the whole batch
     if bank.dtype not in (_DTYPES if cast else (x.dtype, wide)):
         want = _name(x.dtype) if x.dtype == wide else f"{_name(x.dtype)} or {_name(wide)}"
         raise TypeError(f"{name}: expected {want} for x of {_name(x.dtype)}, got {_name(bank.dtype)}")
     if bank.device != x.device:
         raise RuntimeError(f"{name}: expected device {x.device}, that of x, got {bank.device}")
-    lead = x.shape[:-1]
-    shape = list(bank.shape) if name != "strength" else list(bank.shape[:-1])
+    # What only messages need is worked out there: a small call's time is in these lines.
     if bank.ndim == 0 or bank.shape[-1] != features:
-        raise ValueError(f"{name}: expected [..., {features}], got shape {shape}")
+        raise ValueError(f"{name}: expected [..., {features}], got shape {_shape(name, bank)}")
     if bank.ndim == 1:
         bank = bank.unsqueeze(0)
     elif context is not None:
         if bank.ndim != 2 or bank.shape[0] == 0:
             raise ValueError(
                 f"{name}: expected a vector or a bank [contexts, {features}] beside context, "
-                f"got shape {shape}"
+                f"got shape {_shape(name, bank)}"
             )
         _check_range(name, bank.shape[0], context)
     elif all(size == 1 for size in bank.shape[:-1]):
         bank = bank.reshape(1, features)
-    elif _broadcasts(bank.shape[:-1], lead):
-        bank = bank.expand(*lead, features).reshape(-1, features)
+    elif _broadcasts(bank.shape[:-1], x.shape[:-1]):
+        bank = bank.expand(*x.shape[:-1], features).reshape(-1, features)
     else:
         raise ValueError(
-            f"{name}: expected a vector, or one per row that broadcasts to {list(lead)} rows, got shape "
-            f"{shape}; a bank of contexts needs context="
+            f"{name}: expected a vector, or one per row that broadcasts to {list(x.shape[:-1])} rows, "
+            f"got shape {_shape(name, bank)}; a bank of contexts needs context="
         )
-    return bank.to(wide)
+    return bank if bank.dtype == wide else bank.to(wide)
+
+
+def _shape(name: str, bank: Tensor) -> list[int]:
+    """The shape that a caller gave: a strength gets a last dimension of its own on the way."""
+    return list(bank.shape[:-1] if name == "strength" else bank.shape)
 
 
 def scaled_factor(matrix: RandomMatrix, strength: float) -> float:

@@ -251,6 +251,7 @@ class Plan:
     c_blocks: int
     steps: int  # over the units
     counters: tuple[int, ...]  # k0 and k1, then first counter and skip of classes and units
+    table: torch.dtype
     constants: dict[str, Any]
 
 
@@ -280,6 +281,7 @@ def plan_of(decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: 
         triton.cdiv(c_skip + classes, block),
         triton.cdiv(u_skip + hidden, UNITS),
         tuple(map(launch.signed32, counters)),
+        operand,
         constants,
     )
 
@@ -327,7 +329,7 @@ def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: An
             gain,
             context,
             partial,
-            launch.table_of(x.device, launch.TORCH_DTYPES[plan.constants["DTYPE"]]),
+            launch.table_of(x.device, plan.table),
             encoder[-1],
             *_sizes(x, encoder, tuple(decoder)),
             *plan.counters,
@@ -382,7 +384,7 @@ def flynet_gain_grad(
             d_logits,
             starts,
             out,
-            launch.table_of(x.device, launch.TORCH_DTYPES[plan.constants["DTYPE"]]),
+            launch.table_of(x.device, plan.table),
             encoder[-1],
             factor,
             *_sizes(x, encoder, tuple(decoder)),

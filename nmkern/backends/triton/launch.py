@@ -34,7 +34,6 @@ _LEAST_STEPS = 8
 _FINISH_ROWS, _FINISH_COLS = 16, 64
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-TORCH_DTYPES = {theirs: ours for ours, theirs in DTYPES.items()}
 
 
 @dataclass(frozen=True)
