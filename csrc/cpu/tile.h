@@ -54,20 +54,22 @@ NMKERN_INLINE void multiply(typename S::F (&sum)[Vectors][Rows],
   }
 }
 
-// Sums of a row block, from memory or zero at the start.
 template <class S, int Vectors, int Rows>
-NMKERN_INLINE void load_sums(typename S::F (&sum)[Vectors][Rows], const float* from, bool start) {
+NMKERN_INLINE void clear_sums(typename S::F (&sum)[Vectors][Rows]) {
   unroll<Vectors>([&](auto o) NMKERN_FLAT {
-    unroll<Rows>([&](auto m) NMKERN_FLAT {
-      sum[o][m] = start ? S::zero() : S::load(from + (o * Rows + m) * S::lanes);
-    });
+    unroll<Rows>([&](auto m) NMKERN_FLAT { sum[o][m] = S::zero(); });
   });
 }
 
+// Each run of the reduction is summed on its own and then added to the sums in memory: with one sum over all
+// steps, the relative error at K = 8192 was 1.6e-6 on average and, on 24 outputs, 2.3e-6; design: 2e-6.
 template <class S, int Vectors, int Rows>
-NMKERN_INLINE void store_sums(const typename S::F (&sum)[Vectors][Rows], float* to) {
+NMKERN_INLINE void add_sums(const typename S::F (&sum)[Vectors][Rows], float* to, bool start) {
   unroll<Vectors>([&](auto o) NMKERN_FLAT {
-    unroll<Rows>([&](auto m) NMKERN_FLAT { S::store(to + (o * Rows + m) * S::lanes, sum[o][m]); });
+    unroll<Rows>([&](auto m) NMKERN_FLAT {
+      float* at = to + (o * Rows + m) * S::lanes;
+      S::store(at, start ? sum[o][m] : S::add(S::load(at), sum[o][m]));
+    });
   });
 }
 
@@ -90,9 +92,9 @@ NMKERN_INLINE void multiply_fused(const Tile& t, float* sums, bool start, Body&&
       constexpr int kFirst = pass * kNow;
       typename S::F sum[kNow][kRows];
       float* home = sums + kFirst * kRows * S::lanes;
-      load_sums<S, kNow, kRows>(sum, home, start);
+      clear_sums<S, kNow, kRows>(sum);
       body(std::integral_constant<int, kFirst>{}, sum);
-      store_sums<S, kNow, kRows>(sum, home);
+      add_sums<S, kNow, kRows>(sum, home, start);
     });
   });
 }
@@ -110,13 +112,13 @@ void multiply_tile(const Tile& t, const typename C::Weight* weights, int64_t fir
       constexpr int kRows = decltype(r)::value;
       typename S::F sum[kVectors][kRows];
       float* home = sums + m * kVectors * S::lanes;
-      load_sums<S, kVectors, kRows>(sum, home, first == 0);
+      clear_sums<S, kVectors, kRows>(sum);
       const typename C::Weight* w = weights;
       for (int64_t k = 0; k < steps; ++k, w += kVectors, x += kRows) {
         const typename C::Weight now[kVectors] = {w[0], w[1], w[2], w[3]};
         multiply<S, C, kVectors, kRows>(sum, now, x);
       }
-      store_sums<S, kVectors, kRows>(sum, home);
+      add_sums<S, kVectors, kRows>(sum, home, first == 0);
     });
   }
 }
