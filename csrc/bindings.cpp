@@ -69,11 +69,11 @@ struct Pool {
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr int64_t kFrameBytes = 0;
 #else
-  static constexpr int64_t kFrameBytes = 8192;
+  static constexpr int64_t kFrameBytes = 16384;
 #endif
   const Tensor& like;
   std::vector<Tensor> blocks;
-  alignas(64) char frame[8192];
+  alignas(64) char frame[16384];
   int64_t used = 0;
 
   explicit Pool(const Tensor& tensor) : like(tensor) {}

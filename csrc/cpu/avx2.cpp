@@ -29,6 +29,7 @@ struct Avx2 {
   static constexpr int lanes = 8;
   static constexpr int max_block = 3;  // 12 sums, 1 weight, 3 x of 16 registers; 2 rows: 15 % slower at M = 256
   static constexpr int fused_block = 2;  // 8 sums, 4 weights, 1 x, 2 constants
+  static constexpr bool interleaved = false;
   static constexpr int unrolled_chunks = 8;  // rademacher at M = 2 without a register for the shift: 2.5 ms against 4.1
 
   static NMKERN_INLINE V set1(uint32_t v) { return _mm256_set1_epi32(int(v)); }
@@ -43,6 +44,10 @@ struct Avx2 {
   static NMKERN_INLINE U merge(V even, V odd) {
     return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
   }
+  static NMKERN_INLINE U merge_high(V even, V odd) {
+    return _mm256_blend_epi32(high(even), odd, 0xAA);
+  }
+  static NMKERN_INLINE U xor_words(U a, U b, U c) { return xor3(a, b, c); }
 
   static NMKERN_INLINE U set_words(uint32_t v) { return set1(v); }
   static NMKERN_INLINE U load_words(const uint32_t* p) {
@@ -158,7 +163,7 @@ struct Avx2 {
 };
 
 void run(const Tile& t) { run_family<Avx2, FloatCodec<Avx2>::Of>(t); }
-constexpr Kernels kKernels{"avx2", Avx2::lanes, Avx2::max_block, Avx2::fused_block, false, tile_bytes<Avx2>(), run, decode_family<Avx2, FloatCodec<Avx2>::Of>, sparse_kernels<Avx2>(), fly_kernels<Avx2>()};
+constexpr Kernels kKernels = kernels_of<Avx2>("avx2", false, run);
 }  // namespace
 const Kernels* avx2_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

@@ -5,7 +5,7 @@
 namespace nmkern::cpu {
 namespace {
 void run(const Tile& t) { run_family<Avx512, FloatCodec<Avx512>::Of>(t); }
-constexpr Kernels kKernels{"avx512", Avx512::lanes, Avx512::max_block, Avx512::fused_block, false, tile_bytes<Avx512>(), run, decode_family<Avx512, FloatCodec<Avx512>::Of>, sparse_kernels<Avx512>(), fly_kernels<Avx512>()};
+constexpr Kernels kKernels = kernels_of<Avx512>("avx512", false, run);
 }  // namespace
 const Kernels* avx512_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

@@ -21,6 +21,7 @@ struct Avx512 {
   static constexpr int lanes = 16;
   static constexpr int max_block = 6;  // 24 sums, 4 weights, 1 x, 1 to 3 constants of 32 registers
   static constexpr int fused_block = 6;
+  static constexpr bool interleaved = true;
   static constexpr int unrolled_chunks = 2;  // all of rademacher took the compiler 78 s for one file, now 29
 
   static NMKERN_INLINE V set1(uint32_t v) { return _mm512_set1_epi32(int(v)); }
@@ -36,6 +37,10 @@ struct Avx512 {
   static NMKERN_INLINE U merge(V even, V odd) {
     return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
   }
+  static NMKERN_INLINE U merge_high(V even, V odd) {
+    return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  }
+  static NMKERN_INLINE U xor_words(U a, U b, U c) { return xor3(a, b, c); }
 
   static NMKERN_INLINE U set_words(uint32_t v) { return set1(v); }
   static NMKERN_INLINE U load_words(const uint32_t* p) { return _mm512_loadu_si512(p); }

@@ -63,8 +63,7 @@ void run(const Tile& t) {
   if (t.bf16) run_family<Avx512, Bf16Codec>(t);
   else run_family<Avx512, FloatCodec<Avx512>::Of>(t);
 }
-constexpr Kernels kKernels{"avx512_bf16", Avx512::lanes, Avx512::max_block, Avx512::fused_block, true, tile_bytes<Avx512>(),
-                           run, decode_family<Avx512, FloatCodec<Avx512>::Of>, sparse_kernels<Avx512>(), fly_kernels<Avx512>()};
+constexpr Kernels kKernels = kernels_of<Avx512>("avx512_bf16", true, run);
 }  // namespace
 const Kernels* avx512_bf16_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

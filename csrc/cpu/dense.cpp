@@ -145,23 +145,34 @@ struct Launch {
     write_row(call.y, m, n, count, sum);
   }
 
+  // A tile but for its rows and place, in scratch of scratch_bytes(rows).
+  Tile tile_in(char* scratch) const {
+    return {.family = call.family,
+            .key = call.key,
+            .transposed = call.transposed,
+            .bf16 = bf16,
+            .reduction_word = uint32_t(reduction_first),
+            .reduction_words = reduction_words,
+            .block = block,
+            .sums = reinterpret_cast<float*>(scratch + k.words_bytes + tile_bytes()),
+            .scratch = scratch + k.words_bytes,
+            .words = scratch};
+  }
+  int64_t scratch_bytes(int64_t rows) const {
+    const int64_t floats = sums_floats(rows) + 2 * tile_outputs();
+    return (k.words_bytes + tile_bytes() + 4 * floats + 63) / 64 * 64;
+  }
+
   // Rows [m0, m0 + rows) of tile number `tile`; x is packed from m0 on.
-  void run_tile(int64_t tile, int64_t m0, int64_t rows, const void* x, char* scratch) const {
-    auto* sums = reinterpret_cast<float*>(scratch + tile_bytes());
-    auto* row = sums + sums_floats(rows);
-    Tile t;
-    t.family = call.family;
-    t.key = call.key;
-    t.transposed = call.transposed;
-    t.bf16 = bf16;
-    t.output_word = uint32_t(output_first + tile * k.lanes);
-    t.reduction_word = uint32_t(reduction_first);
-    t.reduction_words = reduction_words;
+  void run_tile(Tile& t, int64_t tile, int64_t m0, int64_t rows, const void* x) const {
+    const auto word = uint32_t(output_first + tile * k.lanes);
+    const bool neighbour = t.x == x && word == t.output_word + uint32_t(k.lanes);
+    t.ready = neighbour ? std::min<int64_t>(kTileWords, reduction_words) : 0;
+    t.output_word = word;
     t.batch = rows;
-    t.block = block;
     t.x = x;
-    t.sums = sums;
-    t.scratch = scratch;
+    float* sums = t.sums;
+    float* row = sums + sums_floats(rows);
     k.run(t);
     const int64_t first = tile * tile_outputs() - head;  // output of lane 0, vector 0
     const int64_t begin = std::max<int64_t>(0, -first);
@@ -200,8 +211,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
   char* packed = static_cast<char*>(
       launch.packed_as_is() ? call.x.data
                             : runtime.allocate(runtime.self, launch.packed_row_bytes() * chunk));
-  const int64_t scratch_bytes =
-      (launch.tile_bytes() + 4 * (launch.sums_floats(part) + 2 * launch.tile_outputs()) + 63) / 64 * 64;
+  const int64_t scratch_bytes = launch.scratch_bytes(part);
   char* scratch =
       static_cast<char*>(runtime.allocate(runtime.self, scratch_bytes * runtime.threads));
 
@@ -227,11 +237,11 @@ void dense_product(const Dense& call, const Runtime& runtime) {
         launch.elements() * launch.vectors * (6 + std::min(part, rows));
     parallel_for(runtime, launch.tiles * parts, grain(cost),
                  [&](int64_t begin, int64_t end) {
-                   char* mine = scratch + scratch_bytes * runtime.thread_index();
+                   Tile tile = launch.tile_in(scratch + scratch_bytes * runtime.thread_index());
                    for (int64_t task = begin; task < end; ++task) {
                      const int64_t p = task % parts * part;
-                     launch.run_tile(task / parts, m0 + p, std::min(part, rows - p),
-                                     packed + p * launch.packed_row_bytes(), mine);
+                     launch.run_tile(tile, task / parts, m0 + p, std::min(part, rows - p),
+                                     packed + p * launch.packed_row_bytes());
                    }
                  });
   }

@@ -35,7 +35,7 @@ struct Runtime {
   int64_t threads;
   // A 64-byte aligned block that lives until the call ends.
   void* (*allocate)(void* self, int64_t bytes);
-  // body(context, begin, end) on ranges that cover [0, size), from PyTorch's own thread pool.
+  // body(begin, end, context) on ranges that cover [0, size), from PyTorch's own thread pool.
   void (*parallel_for)(int64_t size, int64_t grain, void (*body)(int64_t, int64_t, void*), void*);
   int64_t (*thread_index)();
   void* self;

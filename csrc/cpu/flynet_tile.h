@@ -1,6 +1,7 @@
 // The kernels of the fused FlyNet over a SIMD policy, for kSparseRows hidden units and kBatch rows.
 #pragma once
 
+#include "codec.h"
 #include "sparse_tile.h"
 
 namespace nmkern::cpu {
@@ -85,6 +86,22 @@ void fly_pullback(const float* d_logits, const float* weights, int64_t classes, 
 template <class S>
 constexpr FlyKernels fly_kernels() {
   return {fly_hidden<S>, fly_readout<S>, fly_pullback<S>};
+}
+
+// The table of an instruction set, whose dense products are `run`.
+template <class S>
+constexpr Kernels kernels_of(const char* name, bool bf16, void (*run)(const Tile&)) {
+  return {.name = name,
+          .lanes = S::lanes,
+          .max_block = S::max_block,
+          .fused_block = S::fused_block,
+          .bf16 = bf16,
+          .scratch_bytes = tile_bytes<S>(),
+          .words_bytes = words_bytes<S>(),
+          .run = run,
+          .decode = decode_family<S, FloatCodec<S>::template Of>,
+          .sparse = sparse_kernels<S>(),
+          .fly = fly_kernels<S>()};
 }
 
 }  // namespace

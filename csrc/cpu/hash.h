@@ -9,7 +9,7 @@
 // vector multiplies.
 #pragma once
 
-#include "kernels.h"
+#include "unroll.h"
 
 namespace nmkern::cpu {
 namespace {
@@ -20,42 +20,65 @@ struct Product {
       : high(uint32_t((uint64_t{a} * b) >> 32)), low(uint32_t(uint64_t{a} * b)) {}
 };
 
+// A call in kStages pieces of much the same work, so that a loop can put its own work between them.
+constexpr int kStages = 5;
+
 template <class S>
 struct Rounds {
   using V = typename S::V;  // 32-bit words in the low halves of 64-bit lanes; high halves are noise
 
   V c0[2], c1[2], c2[2], c3[2];
 
-  // Rounds 4 to 7, then even and odd lanes are merged.
-  NMKERN_INLINE void finish(Key key, typename S::U (&word)[4]) {
-    for (int round = 3; round < kRounds; ++round) {
-      const V k0 = S::set1(key.k0 + uint32_t(round) * kWeyl0);
-      const V k1 = S::set1(key.k1 + uint32_t(round) * kWeyl1);
-      for (int h = 0; h < 2; ++h) {
-        const V p0 = S::multiply(c0[h], kMultiplier0);
-        const V p1 = S::multiply(c2[h], kMultiplier1);
-        c0[h] = S::xor3(S::high(p1), c1[h], k0);
-        c1[h] = p1;
-        c2[h] = S::xor3(S::high(p0), c3[h], k1);
-        c3[h] = p0;
-      }
+  // Stage 0 is the hasher's `begin`, rounds 1 to 3; stages 1 to 3 are a round each.
+  NMKERN_INLINE void round(Key key, int stage) {
+    const V k0 = S::set1(key.k0 + uint32_t(stage + 2) * kWeyl0);
+    const V k1 = S::set1(key.k1 + uint32_t(stage + 2) * kWeyl1);
+    for (int h = 0; h < 2; ++h) {
+      const V p0 = S::multiply(c0[h], kMultiplier0);
+      const V p1 = S::multiply(c2[h], kMultiplier1);
+      c0[h] = S::xor3(S::high(p1), c1[h], k0);
+      c1[h] = p1;
+      c2[h] = S::xor3(S::high(p0), c3[h], k1);
+      c3[h] = p0;
     }
-    word[0] = S::merge(c0[0], c0[1]);
-    word[1] = S::merge(c1[0], c1[1]);
-    word[2] = S::merge(c2[0], c2[1]);
-    word[3] = S::merge(c3[0], c3[1]);
+  }
+  // The last stage: even and odd lanes are merged as halves of products, which takes 6 shuffles and 2 xors
+  // where merging the words of a whole round takes 8 and 4.
+  NMKERN_INLINE void finish(Key key, typename S::U (&word)[4]) const {
+    const V p0[2] = {S::multiply(c0[0], kMultiplier0), S::multiply(c0[1], kMultiplier0)};
+    const V p1[2] = {S::multiply(c2[0], kMultiplier1), S::multiply(c2[1], kMultiplier1)};
+    word[0] = S::xor_words(S::merge_high(p1[0], p1[1]), S::merge(c1[0], c1[1]),
+                           S::set_words(key.k0 + (kRounds - 1) * kWeyl0));
+    word[1] = S::merge(p1[0], p1[1]);
+    word[2] = S::xor_words(S::merge_high(p0[0], p0[1]), S::merge(c3[0], c3[1]),
+                           S::set_words(key.k1 + (kRounds - 1) * kWeyl1));
+    word[3] = S::merge(p0[0], p0[1]);
   }
 };
+static_assert(kRounds == 7);
+
+// Stages [From, To) of the call at `counter`; the last one writes its words.
+template <int From, int To, class Hasher, class S>
+NMKERN_INLINE void hash_stages(const Hasher& hash, uint32_t counter, Rounds<S>& state,
+                               typename S::U (&word)[4]) {
+  unroll<To - From>([&](auto i) NMKERN_FLAT {
+    constexpr int kStage = From + i;
+    if constexpr (kStage == 0) hash.begin(counter, state);
+    else if constexpr (kStage == kStages - 1) state.finish(hash.key, word);
+    else state.round(hash.key, kStage);
+  });
+}
 
 template <class S>
 class RowHasher {
   using V = typename S::V;
-  Key key_;
   uint32_t tag_;
   V high_[2], low_[2];  // of round 2's first product, which depends on c1 alone
 
  public:
-  RowHasher(Key key, uint32_t tag, uint32_t c1) : key_(key), tag_(tag) {
+  const Key key;
+
+  RowHasher(Key k, uint32_t tag, uint32_t c1) : tag_(tag), key(k) {
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::xor2(S::lanes_from(c1, h), S::set1(key.k0)), kMultiplier0);
       high_[h] = S::high(p);
@@ -63,14 +86,13 @@ class RowHasher {
     }
   }
 
-  NMKERN_INLINE void operator()(uint32_t c0, typename S::U (&word)[4]) const {
+  NMKERN_INLINE void begin(uint32_t c0, Rounds<S>& state) const {
     const Product r1(kMultiplier0, c0);
-    const Product r2(kMultiplier1, r1.high ^ tag_ ^ key_.k1);
-    const Product r3(kMultiplier0, r2.high ^ (key_.k0 + kWeyl0));
-    const V mix = S::set1(r1.low ^ (key_.k1 + kWeyl1));
-    const V k0 = S::set1(r2.low ^ (key_.k0 + 2 * kWeyl0));
-    const V k1 = S::set1(r3.high ^ (key_.k1 + 2 * kWeyl1));
-    Rounds<S> state;
+    const Product r2(kMultiplier1, r1.high ^ tag_ ^ key.k1);
+    const Product r3(kMultiplier0, r2.high ^ (key.k0 + kWeyl0));
+    const V mix = S::set1(r1.low ^ (key.k1 + kWeyl1));
+    const V k0 = S::set1(r2.low ^ (key.k0 + 2 * kWeyl0));
+    const V k1 = S::set1(r3.high ^ (key.k1 + 2 * kWeyl1));
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::xor2(high_[h], mix), kMultiplier1);
       state.c0[h] = S::xor2(S::high(p), k0);
@@ -78,20 +100,24 @@ class RowHasher {
       state.c2[h] = S::xor2(low_[h], k1);
       state.c3[h] = S::set1(r3.low);
     }
-    state.finish(key_, word);
+  }
+  NMKERN_INLINE void operator()(uint32_t counter, typename S::U (&word)[4]) const {
+    Rounds<S> state;
+    hash_stages<0, kStages>(*this, counter, state, word);
   }
 };
 
 template <class S>
 class ColumnHasher {
   using V = typename S::V;
-  Key key_;
   V low1_[2];             // of round 1's first product
   V low2_[2];             // of round 2's second product
   V high3_[2], low3_[2];  // of round 3's first product; all depend on c0 alone
 
  public:
-  ColumnHasher(Key key, uint32_t tag, uint32_t c0) : key_(key) {
+  const Key key;
+
+  ColumnHasher(Key k, uint32_t tag, uint32_t c0) : key(k) {
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::lanes_from(c0, h), kMultiplier0);
       const V q = S::multiply(S::xor2(S::high(p), S::set1(tag ^ key.k1)), kMultiplier1);
@@ -103,12 +129,11 @@ class ColumnHasher {
     }
   }
 
-  NMKERN_INLINE void operator()(uint32_t c1, typename S::U (&word)[4]) const {
-    const Product r2(kMultiplier0, c1 ^ key_.k0);
-    const V mix = S::set1(r2.high ^ (key_.k1 + kWeyl1));
-    const V k0 = S::set1(key_.k0 + 2 * kWeyl0);
-    const V k1 = S::set1(r2.low ^ (key_.k1 + 2 * kWeyl1));
-    Rounds<S> state;
+  NMKERN_INLINE void begin(uint32_t c1, Rounds<S>& state) const {
+    const Product r2(kMultiplier0, c1 ^ key.k0);
+    const V mix = S::set1(r2.high ^ (key.k1 + kWeyl1));
+    const V k0 = S::set1(key.k0 + 2 * kWeyl0);
+    const V k1 = S::set1(r2.low ^ (key.k1 + 2 * kWeyl1));
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::xor2(low1_[h], mix), kMultiplier1);
       state.c0[h] = S::xor3(S::high(p), low2_[h], k0);
@@ -116,7 +141,10 @@ class ColumnHasher {
       state.c2[h] = S::xor2(high3_[h], k1);
       state.c3[h] = low3_[h];
     }
-    state.finish(key_, word);
+  }
+  NMKERN_INLINE void operator()(uint32_t counter, typename S::U (&word)[4]) const {
+    Rounds<S> state;
+    hash_stages<0, kStages>(*this, counter, state, word);
   }
 };
 

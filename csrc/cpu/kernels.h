@@ -32,6 +32,9 @@ constexpr int kVectors = 4;  // vectors of outputs that a micro-kernel holds acc
 // 128 steps of 4 AVX-512 vectors are 32 KiB, beside which L1 still holds the words and the run of x.
 constexpr int tile_steps(bool transposed, bool bf16) { return transposed && bf16 ? 64 : 128; }
 
+// Words of every lane that are at hand at a time.
+constexpr int kTileWords = 32;
+
 struct Tile {
   Family family;
   Key key;
@@ -49,6 +52,10 @@ struct Tile {
   // [chunks of kVectors vectors][blocks of rows][kVectors][rows of the block][lanes], overwritten.
   float* sums;
   void* scratch;  // scratch_bytes, 64-byte aligned
+  // Kernels::words_bytes, 64-byte aligned, kept between the calls for neighbouring tiles, and how many of this
+  // tile's first words the call before has put there.
+  void* words;
+  int64_t ready;
 };
 
 // kSparseRows rows of a sparse matrix from first_row on, seen through columns [col_offset, + cols).
@@ -92,6 +99,7 @@ struct Kernels {
   int fused_block;  // rows of x up to which no tile is decoded, so that Tile::scratch is not used
   bool bf16;        // has bfloat16 dot products
   int64_t scratch_bytes;
+  int64_t words_bytes;
   void (*run)(const Tile& tile);
   // The weights of a forward tile as floats: [reduction_words * P][kVectors][lanes].
   void (*decode)(const Tile& tile, float* weights);

@@ -25,12 +25,14 @@ struct Portable {
   static constexpr int lanes = 4;
   static constexpr int max_block = 2;
   static constexpr int fused_block = 2;
+  static constexpr bool interleaved = false;
   static constexpr int unrolled_chunks = 2;
 
   static NMKERN_INLINE V set1(uint32_t v) { return V{v, v}; }
   static NMKERN_INLINE V xor2(V a, V b) { return a ^ b; }
   static NMKERN_INLINE V xor3(V a, V b, V c) { return a ^ b ^ c; }
   static NMKERN_INLINE V high(V p) { return p >> 32; }
+  static NMKERN_INLINE U xor_words(U a, U b, U c) { return a ^ b ^ c; }
   static NMKERN_INLINE V lanes_from(uint32_t first, int odd) {
     return V{uint32_t(first + odd), uint32_t(first + 2 + odd)};
   }
@@ -81,12 +83,16 @@ struct Portable {
     return (V)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
   }
   static NMKERN_INLINE U merge(V even, V odd) { return (U)vtrn1q_u32((uint32x4_t)even, (uint32x4_t)odd); }
+  static NMKERN_INLINE U merge_high(V even, V odd) {
+    return (U)vtrn2q_u32((uint32x4_t)even, (uint32x4_t)odd);
+  }
   static NMKERN_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 #else
   static NMKERN_INLINE V multiply(V a, uint32_t b) { return (a & 0xFFFFFFFFu) * uint64_t{b}; }
   static NMKERN_INLINE U merge(V even, V odd) {
     return U{uint32_t(even[0]), uint32_t(odd[0]), uint32_t(even[1]), uint32_t(odd[1])};
   }
+  static NMKERN_INLINE U merge_high(V even, V odd) { return merge(high(even), high(odd)); }
   static NMKERN_INLINE F fma(F a, F b, F c) { return a * b + c; }
 #endif
 
@@ -111,8 +117,7 @@ struct Portable {
 };
 
 void run(const Tile& t) { run_family<Portable, FloatCodec<Portable>::Of>(t); }
-constexpr Kernels kKernels{"portable", Portable::lanes, Portable::max_block, Portable::fused_block, false,
-                           tile_bytes<Portable>(), run, decode_family<Portable, FloatCodec<Portable>::Of>, sparse_kernels<Portable>(), fly_kernels<Portable>()};
+constexpr Kernels kKernels = kernels_of<Portable>("portable", false, run);
 }  // namespace
 const Kernels* portable_kernels() { return &kKernels; }
 }  // namespace nmkern::cpu

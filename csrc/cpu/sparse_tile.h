@@ -4,7 +4,6 @@
 // check for repeats compares vectors. Multiplying, lanes are rows of the batch, kBatch of them.
 #pragma once
 
-#include "hash.h"
 #include "tile.h"
 
 namespace nmkern::cpu {

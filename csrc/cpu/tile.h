@@ -11,26 +11,12 @@
 
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
-#include "kernels.h"
+#include "hash.h"
 
 namespace nmkern::cpu {
 namespace {  // a copy per instruction set: never merged by the linker
 
-template <int... I, class Body>
-NMKERN_INLINE void unroll(std::integer_sequence<int, I...>, Body&& body) {
-  (body(std::integral_constant<int, I>{}), ...);
-}
-template <int N, class Body>
-NMKERN_INLINE void unroll(Body&& body) {
-  unroll(std::make_integer_sequence<int, N>{}, body);
-}
-
-// Calls whose words are hashed ahead of their use. Hashing on its own overlaps the chains of rounds of
-// several calls: 8192 x 8192 at M = 4 in bfloat16 (Zen 5, 2 threads) fell from 1.79 ms, interleaved with
-// decoding, to 1.28. 16 calls were 2 to 10 % slower.
-constexpr int kTileWords = 32;
 // Fields of a word that are decoded by unrolled code. A rademacher word has 32: looping over pieces of 8
 // costs a shift a piece and takes the compiler a quarter of the time.
 constexpr int kUnrolled = 8;
@@ -81,13 +67,85 @@ NMKERN_INLINE void with_rows(int rows, Body&& body) {
   });
 }
 
+// The words of a tile's reduction, kTileWords at a time, in the order of their use.
+//
+// Where the policy has registers for it, a word that has served is replaced by one to come: its hash is cut into
+// stages that stand between the multiplies, since the two use different units: bfloat16 at M = 8 takes 9.6
+// clocks a vector of weights on Zen 4 where hashing 32 words beforehand takes 10.6, and the multiplies alone 8.
+// Behind the last word come the first ones of the next tile (of the next `lanes` outputs), so that no call is
+// wasted until the last tile.
+template <class S, class C, class Hasher>
+class WordQueue {
+  using Words = typename S::U[4];
+
+  const Tile& t_;
+  const Hasher hash_, next_;
+  Words* const words_;
+
+  // Forward, words are as they are hashed; transposed, rows of a patch are paired.
+  static NMKERN_INLINE void arrange(Words& word) {
+    if constexpr (std::is_same_v<Hasher, typename S::ColumnHasher>) C::arrange_rows(word);
+  }
+
+ public:
+  int64_t begin = 0;  // of the words in use
+
+  explicit WordQueue(const Tile& t)
+      : t_(t),
+        hash_(t.key, uint32_t(C::family), t.output_word),
+        next_(t.key, uint32_t(C::family), t.output_word + uint32_t(S::lanes)),
+        words_(static_cast<Words*>(t.words)) {}
+
+  int64_t count() const {
+    return t_.reduction_words - begin < kTileWords ? t_.reduction_words - begin : kTileWords;
+  }
+  const Words& operator[](int64_t i) const { return words_[i]; }
+
+  // Hash the words in use, as far as that has not been done ahead.
+  void fill(bool ahead) {
+    const int64_t ready = !ahead ? 0 : begin > 0 ? count() : t_.ready;
+    for (int64_t i = ready; i < count(); ++i) {
+      hash_(t_.reduction_word + uint32_t(begin + i), words_[i]);
+      arrange(words_[i]);
+    }
+  }
+  // Step number Step of Steps, while word i serves for the last time.
+  template <int Step, int Steps>
+  NMKERN_INLINE void replace(int64_t i, Rounds<S>& state) const {
+    const bool same = begin + kTileWords + i < t_.reduction_words;
+    const uint32_t at = uint32_t(same ? begin + kTileWords + i : i);
+    hash_stages<Step * kStages / Steps, (Step + 1) * kStages / Steps>(
+        same ? hash_ : next_, t_.reduction_word + at, state, words_[i]);
+    if constexpr (Step + 1 == Steps) arrange(words_[i]);
+  }
+};
+
+// Whether preparing a word is work of its own. Then it is not done again for a second pass over its fields:
+// normal at M = 6, 8192 x 8192 (Zen 3, 2 threads): 11.4 ms against 18.0.
+template <class S, class C>
+constexpr bool kPrepares = !std::is_same_v<typename C::Prepared, typename S::U>;
+
+// Rows of x for which sums of four vectors stay in registers, and whether words are replaced as they serve. The
+// state of a hash takes 8 registers, which leaves 16 to 24 for sums. Clocks a vector of weights on Zen 4 with and
+// without replacing, uniform: bfloat16 forward M = 4 5.8 and 6.6, M = 6 (two passes of two vectors) 7.6 and 8.6;
+// float32 forward M = 4 5.3 and 5.6, M = 6 8.0 and 7.2; transposed, where the last chunk's few multiplies stand
+// between the stages, M = 1 4.8 and 4.5 in bfloat16. normal at M = 12: 19.6 and 18.0.
+template <class S, class C, bool Forward>
+constexpr int wide_rows = S::interleaved && Forward && C::halves == 2 ? 4 : S::fused_block;
+
+template <class S, class C, bool Forward>
+constexpr bool replaces_words(int64_t rows) {
+  if (!S::interleaved || (kPrepares<S, C> && rows > S::fused_block)) return false;
+  return Forward ? rows <= 4 || rows > wide_rows<S, C, true> : rows > 2 && (rows <= 4 || rows > S::fused_block);
+}
+
 // Call body(first vector, sums) for weights that are decoded as they are multiplied. More rows than
 // registers hold sums of four vectors for, beside what decoding takes, go two vectors at a time.
-template <class S, class C, class Body>
+template <class S, class C, bool Forward, class Body>
 NMKERN_INLINE void multiply_fused(const Tile& t, float* sums, bool start, Body&& body) {
   with_rows<2 * S::max_block>(int(t.batch), [&](auto r) NMKERN_FLAT {
     constexpr int kRows = decltype(r)::value;
-    constexpr int kNow = kRows <= S::fused_block ? kVectors : kVectors / 2;
+    constexpr int kNow = kRows <= wide_rows<S, C, Forward> ? kVectors : kVectors / 2;
     unroll<kVectors / kNow>([&](auto pass) NMKERN_FLAT {
       constexpr int kFirst = pass * kNow;
       typename S::F sum[kNow][kRows];
@@ -128,31 +186,33 @@ void multiply_tile(const Tile& t, const typename C::Weight* weights, int64_t fir
 template <class S, class C>
 void forward_fused(const Tile& t) {
   using X = typename C::X;
-  const typename S::RowHasher hash(t.key, uint32_t(C::family), t.output_word);
-  typename S::U words[kTileWords][4];
+  WordQueue<S, C, typename S::RowHasher> queue(t);
   constexpr int kSteps = C::forward_steps < kUnrolled ? C::forward_steps : kUnrolled;
-  for (int64_t begin = 0; begin < t.reduction_words; begin += kTileWords) {
-    int64_t count = t.reduction_words - begin;
-    if (count > kTileWords) count = kTileWords;
-    for (int64_t i = 0; i < count; ++i) hash(t.reduction_word + uint32_t(begin + i), words[i]);
-    const X* all = static_cast<const X*>(t.x) + begin * C::forward_steps * t.batch;
-    multiply_fused<S, C>(t, t.sums, begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
+  for (; queue.begin < t.reduction_words; queue.begin += kTileWords) {
+    queue.fill(replaces_words<S, C, true>(t.batch));
+    const X* all = static_cast<const X*>(t.x) + queue.begin * C::forward_steps * t.batch;
+    multiply_fused<S, C, true>(t, t.sums, queue.begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
       constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
       constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+      constexpr bool kReplaces = replaces_words<S, C, true>(kRows) && first + kNow == kVectors;
       const X* x = all;
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < queue.count(); ++i) {
+        Rounds<S> state;
         for (int piece = 0; piece < C::forward_steps / kSteps; ++piece, x += kSteps * kRows) {
           typename C::Prepared prepared[kNow];
           unroll<kNow>([&](auto r) NMKERN_FLAT {
-            const auto word = words[i][first + r];
+            const auto word = queue[i][first + r];
             prepared[r] = C::prepare(C::forward_steps == kSteps ? word : C::skip(word, piece * kSteps));
           });
           unroll<kSteps>([&](auto f) NMKERN_FLAT {
             typename C::Weight w[kNow];
             unroll<kNow>([&](auto r) NMKERN_FLAT { w[r] = C::template decode<f>(prepared[r]); });
             multiply<S, C, kNow, kRows>(sum, w, x + f * kRows);
+            if constexpr (kReplaces && kSteps == C::forward_steps)
+              queue.template replace<f, kSteps>(i, state);
           });
         }
+        if constexpr (kReplaces && kSteps < C::forward_steps) queue.template replace<0, 1>(i, state);
       }
     });
   }
@@ -217,45 +277,55 @@ NMKERN_INLINE void decode_step(typename C::Weight (&w)[Vectors], const typename 
   }
 }
 
-template <class S, class C, class Chunk>
-void transposed_chunk(const Tile& t, const typename S::U (*words)[4], int64_t begin, int64_t end,
-                      Chunk chunk, typename C::Weight* weights, float* sums) {
+template <class C, class Chunk>
+constexpr bool is_last_chunk = false;
+template <class C, int Chunk>
+constexpr bool is_last_chunk<C, std::integral_constant<int, Chunk>> = Chunk == C::columns / kVectors - 1;
+
+// Chunk number `chunk` of kVectors fields of the words in use, with the sums of all rows of x in registers.
+template <class S, class C, class Queue, class Chunk>
+void transposed_fused(const Tile& t, const Queue& queue, Chunk chunk, float* sums) {
+  using X = typename C::X;
+  const X* all = static_cast<const X*>(t.x) + queue.begin * C::patch_steps * t.batch;
+  multiply_fused<S, C, false>(t, sums, queue.begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
+    constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
+    constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+    constexpr bool kReplaces = replaces_words<S, C, false>(kRows) && first + kNow == kVectors &&
+                               is_last_chunk<C, Chunk>;
+    const X* x = all;
+    for (int64_t i = 0; i < queue.count(); ++i) {
+      Rounds<S> state;
+      unroll<C::patch_steps>([&](auto step) NMKERN_FLAT {
+        typename C::Weight w[kNow];
+        decode_step<S, C, first, kNow>(w, queue[i], step, chunk);
+        multiply<S, C, kNow, kRows>(sum, w, x);
+        x += kRows;
+        if constexpr (kReplaces) queue.template replace<step, C::patch_steps>(i, state);
+      });
+    }
+  });
+}
+
+// The same by way of a decoded tile.
+template <class S, class C, class Queue, class Chunk>
+void transposed_tile(const Tile& t, const Queue& queue, Chunk chunk, typename C::Weight* weights,
+                     float* sums) {
   using X = typename C::X;
   static_assert(kTileWords * C::patch_steps == tile_steps(true, C::halves == 2));
-  const bool one_block = t.batch <= t.block;
-  const X* all = static_cast<const X*>(t.x) + begin * C::patch_steps * t.batch;
-  // A word whose preparation is work of its own is not prepared again for a second pass over its fields:
-  // normal at M = 6, 8192 x 8192 (Zen 3, 2 threads): 11.4 ms against 18.0.
-  constexpr bool kPrepares = !std::is_same_v<typename C::Prepared, typename S::U>;
-  if (one_block && !(kPrepares && t.batch > S::fused_block)) {
-    multiply_fused<S, C>(t, sums, begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
-      constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
-      constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
-      const X* x = all;
-      for (int64_t i = 0; i < end - begin; ++i) {
-        unroll<C::patch_steps>([&](auto step) NMKERN_FLAT {
-          typename C::Weight w[kNow];
-          decode_step<S, C, first, kNow>(w, words[i], step, chunk);
-          multiply<S, C, kNow, kRows>(sum, w, x);
-          x += kRows;
-        });
-      }
-    });
-    return;
-  }
   auto* to = weights;
-  for (int64_t i = 0; i < end - begin; ++i) {
+  for (int64_t i = 0; i < queue.count(); ++i) {
     unroll<C::patch_steps>([&](auto step) NMKERN_FLAT {
       typename C::Weight w[kVectors];
-      decode_step<S, C, 0, kVectors>(w, words[i], step, chunk);
+      decode_step<S, C, 0, kVectors>(w, queue[i], step, chunk);
       unroll<kVectors>([&](auto o) NMKERN_FLAT { to[o] = w[o]; });
       to += kVectors;
     });
   }
-  const int64_t steps = (end - begin) * C::patch_steps;
-  if constexpr (kPrepares) {
-    if (one_block) {
-      multiply_fused<S, C>(t, sums, begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
+  const int64_t first_step = queue.begin * C::patch_steps, steps = queue.count() * C::patch_steps;
+  if constexpr (kPrepares<S, C>) {
+    if (t.batch <= t.block) {
+      const X* all = static_cast<const X*>(t.x) + first_step * t.batch;
+      multiply_fused<S, C, false>(t, sums, queue.begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
         constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
         constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
         const typename C::Weight* from = weights + first;
@@ -269,29 +339,29 @@ void transposed_chunk(const Tile& t, const typename S::U (*words)[4], int64_t be
       return;
     }
   }
-  multiply_tile<S, C>(t, weights, begin * C::patch_steps, steps, sums);
+  multiply_tile<S, C>(t, weights, first_step, steps, sums);
 }
 
 template <class S, class C>
 void transposed(const Tile& t) {
-  const typename S::ColumnHasher hash(t.key, uint32_t(C::family), t.output_word);
+  WordQueue<S, C, typename S::ColumnHasher> queue(t);
   auto* weights = static_cast<typename C::Weight*>(t.scratch);
-  typename S::U words[kTileWords][4];
   const int64_t chunk_sums = t.batch * kVectors * S::lanes;
-  for (int64_t begin = 0; begin < t.reduction_words; begin += kTileWords) {
-    int64_t end = begin + kTileWords;
-    if (end > t.reduction_words) end = t.reduction_words;
-    for (int64_t i = begin; i < end; ++i) {
-      hash(t.reduction_word + uint32_t(i), words[i - begin]);
-      C::arrange_rows(words[i - begin]);
-    }
+  const bool fused = t.batch <= t.block && !(kPrepares<S, C> && t.batch > S::fused_block);
+  constexpr int kChunks = C::columns / kVectors;
+  for (; queue.begin < t.reduction_words; queue.begin += kTileWords) {
+    queue.fill(fused && replaces_words<S, C, false>(t.batch));
     const auto run = [&](auto chunk) {
-      transposed_chunk<S, C>(t, words, begin, end, chunk, weights, t.sums + chunk * chunk_sums);
+      float* sums = t.sums + chunk * chunk_sums;
+      if (fused) transposed_fused<S, C>(t, queue, chunk, sums);
+      else transposed_tile<S, C>(t, queue, chunk, weights, sums);
     };
-    constexpr int kChunks = C::columns / kVectors;
-    if constexpr (kChunks <= S::unrolled_chunks) unroll<kChunks>(run);
-    else
-      for (int chunk = 0; chunk < kChunks; ++chunk) run(chunk);
+    if constexpr (kChunks <= S::unrolled_chunks) {
+      unroll<kChunks>(run);
+    } else {
+      for (int chunk = 0; chunk < kChunks - S::interleaved; ++chunk) run(chunk);
+      if constexpr (S::interleaved) run(std::integral_constant<int, kChunks - 1>{});
+    }
   }
 }
 
@@ -318,6 +388,11 @@ void decode_family(const Tile& t, float* weights) {
     decode_words<S, decltype(codec)>(t, 0, t.reduction_words,
                                      reinterpret_cast<typename S::F*>(weights));
   });
+}
+
+template <class S>
+constexpr int64_t words_bytes() {
+  return int64_t{kTileWords} * 4 * S::lanes * 4;
 }
 
 template <class S>

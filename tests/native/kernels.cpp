@@ -21,12 +21,12 @@ using namespace nmkern::cpu;
 
 constexpr Key kKey{0x89ABCDEF, 0x01234567};
 
-// One thread; blocks live until the call ends.
+// Two threads, one after the other; blocks live until the call ends.
 struct Host {
   std::vector<std::unique_ptr<void, decltype(&std::free)>> blocks;
 
   Runtime runtime() {
-    return {1,
+    return {2,
             [](void* self, int64_t bytes) {
               void* block = std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64);
               static_cast<Host*>(self)->blocks.emplace_back(block, std::free);
