@@ -280,6 +280,10 @@ Tensor packed_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::option
   return y;
 }
 
+Tensor packed_matmul_bare(const Tensor& x, const Tensor& matrix) {
+  return packed_matmul(x, {}, {}, {}, matrix);
+}
+
 std::tuple<Tensor, Tensor> packed_matmul_gain_grad(const Tensor& x, std::optional<Tensor> in_gain,
                                                    std::optional<Tensor> out_gain,
                                                    const Tensor& other, bool need_product,
@@ -390,6 +394,7 @@ STABLE_TORCH_LIBRARY_IMPL(nmkern, CPU, m) {
   m.impl("cpu_modulated_matmul", TORCH_BOX(&modulated_matmul));
   m.impl("cpu_modulated_matmul_gain_grad", TORCH_BOX(&modulated_matmul_gain_grad));
   m.impl("cpu_packed_matmul", TORCH_BOX(&packed_matmul));
+  m.impl("cpu_packed_matmul.bare", TORCH_BOX(&packed_matmul_bare));
   m.impl("cpu_packed_matmul_gain_grad", TORCH_BOX(&packed_matmul_gain_grad));
   m.impl("cpu_sparse_matmul", TORCH_BOX(&sparse_matmul));
   m.impl("cpu_flynet_logits", TORCH_BOX(&flynet_logits));

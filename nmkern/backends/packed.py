@@ -1,6 +1,7 @@
 """The dense primitives of the cpu backend as everyday eager calls make them: fewer, packed arguments.
 
     cpu_packed_matmul(x, in_gain, out_gain, bias, matrix)
+    cpu_packed_matmul.bare(x, matrix)
     cpu_packed_matmul_gain_grad(x, in_gain, out_gain, other, need_product, matrix)
 
 x is ``[..., K]``, of two dimensions or contiguous; gains, bias and the gradient of a gain are vectors in
@@ -25,6 +26,7 @@ from nmkern.matrix import RandomMatrix
 _GAINS = "Tensor x, Tensor? in_gain, Tensor? out_gain"
 SCHEMAS = {
     "cpu_packed_matmul": f"({_GAINS}, Tensor? bias, Tensor matrix) -> Tensor",
+    "cpu_packed_matmul.bare": "(Tensor x, Tensor matrix) -> Tensor",
     "cpu_packed_matmul_gain_grad": (
         f"({_GAINS}, Tensor other, bool need_product, Tensor matrix) -> (Tensor, Tensor)"
     ),
@@ -35,11 +37,13 @@ def _define(name: str) -> Callable[..., Any]:
     primitives.LIBRARY.define(name + SCHEMAS[name])
     # Past autograd, which is not asked to record them: a guard around the call would cost 0.7 us.
     primitives.LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    op = getattr(torch.ops.nmkern, name).default
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.nmkern, packet), overload or "default")
     return getattr(op, "_op", op)  # what the overload calls itself: 0.4 us less
 
 
 matmul = _define("cpu_packed_matmul")
+matmul_bare = _define("cpu_packed_matmul.bare")
 gain_grad = _define("cpu_packed_matmul_gain_grad")
 
 

@@ -37,7 +37,7 @@ class Context(nn.Module):
         """The tensors by name, in the order given."""
         # What torch.nn.Module.__getattr__ finds, in a third of its time. A parametrization or a wrapper
         # takes a name out of here and answers for it itself.
-        held = self._buffers if self.finished else self._parameters
+        held: Mapping[str, Any] = self._buffers if self.finished else self._parameters
         return {name: held[name] if name in held else getattr(self, name) for name in self._names}
 
 
@@ -94,7 +94,8 @@ class ContextLayer(MatrixModule, ContextModule):
         """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""
         if isinstance(context, int):
             # Past ModuleList's own indexing, whose checks cost 3 microseconds.
-            found = self._modules["contexts"]._modules.get(f"{context:d}")
+            contexts: Any = self._modules["contexts"]
+            found = contexts._modules.get(f"{context:d}")
             if found is None:
                 raise ValueError(f"context: expected 0 <= context < {len(self.contexts)}, got {context}")
             return found.tensors()

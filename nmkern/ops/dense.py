@@ -64,9 +64,10 @@ class DenseOperators:
         ctx.save_for_backward(x if keep_x else None, in_gain, out_gain, context)
 
     def backward_matmul(self, ctx: Any, dy: Tensor) -> tuple:
+        x, in_gain, out_gain, context = ctx.saved_tensors
         needs, matrix = ctx.needs_input_grad[:4], tuple(ctx.matrix)
-        gradients = self.gradients(needs, dy, *ctx.saved_tensors, ctx.bias_contexts, matrix)
-        return *gradients, *[None] * (1 + len(matrix))
+        found = self.gradients(needs, dy, x, in_gain, out_gain, context, ctx.bias_contexts, matrix)
+        return *found, *[None] * (1 + len(matrix))
 
     def gradients(self, needs, dy, x, in_gain, out_gain, context, bias_contexts, matrix) -> tuple:
         """To x, in_gain, out_gain and bias: None for each that does not need one."""

@@ -52,7 +52,7 @@ def eager_matmul(
         if in_gain is out_gain is bias is None:
             if x.requires_grad and torch.is_grad_enabled():
                 return _apply_bare(x, matrix)
-            return packed.matmul(x, None, None, None, forms[0])
+            return packed.matmul_bare(x, forms[0])
         needs_grad = x.requires_grad
         for vector in (in_gain, out_gain, bias):
             if vector is not None:
@@ -89,7 +89,7 @@ class RandomMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: RandomMatrix) -> Tensor:
         ctx.matrix = matrix
-        return packed.matmul(x, None, None, None, matrix._packed[0])
+        return packed.matmul_bare(x, matrix._packed[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
