@@ -1,9 +1,12 @@
 """The everyday call of modulated_linear: plain CPU tensors in eager mode, gains and bias as vectors.
 
 The checks, the operator's arguments and the node of the graph are most of a small call's time, so this
-way has the fewest of each: at 64 x 64 and M = 1 a call takes about as long as torch's own linear layer. The
-invariant: it computes what the checked way computes, bit for bit, and declines (None) whatever it does
-not know to be plain or right; the checked way then serves the call, or words the error.
+way has the fewest of each. In microseconds at 64 x 64 and M = 1 on one machine: checks 1.1, entering the
+operator 0.7, allocating the result 0.6, the product 0.6, and where a gradient is needed the node 2.9; in all
+3.1 and 6.0, where torch's own linear layer took 2.5 and 3.1, and the checked way three times ours.
+
+The invariant: it computes what the checked way computes, bit for bit, and declines (None) whatever it
+does not know to be plain or right; the checked way then serves the call, or words the error.
 """
 
 from typing import Any
@@ -18,7 +21,9 @@ from nmkern.ops.rules import plain_apply
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _F32 = torch.float32
-# Looked up once: a dotted name costs as much as the answer.
+# Looked up once: a dotted name costs as much as the answer. The compiler knows the first by its identity.
+_compiling = torch.compiler.is_compiling
+_grad_enabled = torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.maybe_current_level
@@ -29,7 +34,7 @@ _native = selection.native
 def _is_plain(x: Tensor) -> bool:
     """Whether no subclass, mode or transform has a say in a call with x, and the kernels can read it."""
     return (
-        not torch.compiler.is_compiling()  # first: what follows is not for the compiler to trace
+        not _compiling()  # first: what follows is not for the compiler to trace
         and type(x) in _PLAIN
         and x.dtype in _native
         and x.is_cpu
@@ -50,7 +55,7 @@ def eager_matmul(
         return None
     try:
         if in_gain is out_gain is bias is None:
-            if x.requires_grad and torch.is_grad_enabled():
+            if x.requires_grad and _grad_enabled():
                 return _apply_bare(x, matrix)
             return packed.matmul_bare(x, forms[0])
         needs_grad = x.requires_grad
@@ -59,7 +64,7 @@ def eager_matmul(
                 if type(vector) not in _PLAIN or vector.ndim != 1 or vector.dtype is not _F32:
                     return None
                 needs_grad = needs_grad or vector.requires_grad
-        if needs_grad and torch.is_grad_enabled():
+        if needs_grad and _grad_enabled():
             return _apply(x, in_gain, out_gain, bias, matrix)
         return packed.matmul(x, in_gain, out_gain, bias, forms[0])
     except RuntimeError:  # a shape, a device or a layout that does not fit
@@ -102,7 +107,7 @@ _apply, _apply_bare = plain_apply(ModulatedMatmul), plain_apply(RandomMatmul)
 
 def _gradients(needs, dy, x, in_gain, out_gain, matrix: RandomMatrix) -> tuple:
     """To x, in_gain, out_gain and bias: None for each that does not need one."""
-    if torch.is_grad_enabled() or not _is_plain(dy):  # the backward pass is itself recorded, or watched
+    if _grad_enabled() or not _is_plain(dy):  # the backward pass is itself recorded, or watched
         return _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix)
     need_x, need_in, need_out, need_bias = needs
     dx = d_in = d_out = d_bias = None

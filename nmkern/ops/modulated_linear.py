@@ -50,6 +50,7 @@ def modulated_linear(
     work starts. Source: arXiv:2204.04297, section 3; the operator of context modulation.
     """
     if context is None and strength is None:
+        # Not checked yet: what does not fit comes back as None.
         y = eager_matmul(x, matrix, in_gain, out_gain, bias)
         if y is not None:
             return y
