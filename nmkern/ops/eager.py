@@ -24,8 +24,9 @@ _F32 = torch.float32
 # Looked up once: a dotted name costs as much as the answer. The compiler knows the first by its identity.
 _compiling = torch.compiler.is_compiling
 _grad_enabled = torch.is_grad_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
+# A torch that cannot tell whether a mode is active has every call checked.
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 _transform = torch._C._functorch.maybe_current_level
 _autocast = torch._C._is_any_autocast_enabled
 _native = selection.native

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import pickle
+import types
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ import nmkern
 from nmkern import RandomMatrix, modulated_linear
 from nmkern.backends import cpu, packed
 from nmkern.nn import ModulatedLinear
+from nmkern.ops.rules import plain_apply
 
 MATRIX = RandomMatrix(6, 4, seed=1)
 SHORT, CHECKED = {"nmkern::cpu_packed_matmul"}, {"nmkern::cpu_modulated_matmul"}
@@ -188,6 +190,35 @@ def test_modes_see_the_public_operator():
     assert functions.names <= CHECKED
     with torch.device("cpu"):  # a mode of functions too
         assert ran(lambda: modulated_linear(x, MATRIX))[1] == CHECKED
+
+
+@pytest.mark.parametrize("missing", ["_len_torch_dispatch_stack", "_len_torch_function_stack"])
+def test_without_a_view_of_the_modes_every_call_is_checked(run_python, missing):
+    printed = run_python(
+        f"import torch; del torch._C.{missing}\n"
+        "import nmkern\n"
+        "from nmkern.ops import eager\n"
+        "x, matrix = torch.ones(1, 4), nmkern.RandomMatrix(6, 4, seed=1)\n"
+        "nmkern.modulated_linear(x, matrix)\n"
+        "print(eager.eager_matmul(x, matrix, None, None, None), nmkern.explain(matrix).backend)"
+    )
+    assert printed == "None cpu\n"
+
+
+def test_apply_without_what_python_adds_to_it():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    apply = plain_apply(Twice)
+    assert isinstance(apply, types.BuiltinMethodType)  # torch's own, not Function.apply around it
+    assert torch.equal(torch.autograd.grad(apply(x).sum(), x)[0], torch.full((3,), 2.0))
 
 
 class Subclass(torch.Tensor):
