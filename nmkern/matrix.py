@@ -57,7 +57,9 @@ class RandomMatrix:
     transposed: bool = False
     population: int | None = None
 
-    _factor: ClassVar[float]  # of the instance, but no field: it follows from family and scale
+    # Of the instance, but no fields: they follow from the fields.
+    _factor: ClassVar[float]
+    _packed: ClassVar[tuple[torch.Tensor, ...]] = ()  # made by nmkern.backends.packed when first needed
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "seed", "row_offset", "col_offset"):
@@ -109,6 +111,9 @@ class RandomMatrix:
             )
         if not 1 <= self.fan_in <= self.population:
             raise ValueError(f"fan_in: expected 1 <= fan_in <= {self.population} columns, got {self.fan_in}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def _offsets(self) -> tuple[int, int]:
         pair = (self.row_offset, self.col_offset)

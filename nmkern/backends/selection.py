@@ -14,11 +14,14 @@ import torch
 from nmkern import environment
 from nmkern.backends import cpu, reference, triton
 from nmkern.matrix import RandomMatrix
+from nmkern.stream import DENSE_FAMILIES
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
+# Dtypes whose dense products on CPU tensors the cpu backend is known to serve: _choices, for a quick look.
+native: set[torch.dtype] = set()
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,17 @@ def use_backend(name: str) -> Iterator[None]:
     """Force one backend for all calls of this process while the context is open."""
     global _forced
     previous, _forced = _forced, _check_name(name, "backend")
-    _choices.clear()
+    _forget()
     try:
         yield
     finally:
         _forced = previous
-        _choices.clear()
+        _forget()
+
+
+def _forget() -> None:
+    _choices.clear()
+    native.clear()
 
 
 def _refusals(family: str, dtype: torch.dtype, device: str) -> tuple[str | None, dict[str, str]]:
@@ -113,6 +121,8 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
         if known is None:
             raise _no_backend(refused)
         _choices[key] = known
+        if known == device == "cpu" and family in DENSE_FAMILIES:
+            native.add(dtype)
     return known
 
 

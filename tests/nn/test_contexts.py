@@ -267,6 +267,45 @@ def test_a_mixed_batch_trains_the_unfinished_contexts_only():
     assert [same(bits(model, index), before[index]) for index in range(3)] == [False, True, False]
 
 
+# Whose tensors they are
+
+
+def test_a_context_answers_with_what_a_wrapper_puts_in_its_place():
+    """A call reads the tensors of the moment: whatever replaced a parameter, and however."""
+
+    class Double(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    layer = filled(ModulatedLinear(6, 5, gain="both"))
+    gain = layer.contexts[0].in_gain.detach().clone()
+    want = layer(X, 0).detach()
+
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.contexts[0].in_gain.mul_(2)
+    doubled = other(X).detach()
+    assert not torch.equal(doubled, want)
+    swapped = {"contexts.0.in_gain": 2 * gain}
+    assert torch.equal(torch.func.functional_call(layer, swapped, (X,)), doubled)
+    assert torch.equal(layer(X), want)
+    (grad,) = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (X,)).sum())(swapped).values()
+    assert bool(grad.any())
+    nn.utils.parametrize.register_parametrization(layer.contexts[0], "in_gain", Double())
+    assert torch.equal(layer(X), doubled)
+    nn.utils.parametrize.remove_parametrizations(layer.contexts[0], "in_gain", leave_parametrized=False)
+    assert torch.equal(layer(X), want)
+    state = {**layer.state_dict(), "contexts.0.in_gain": 2 * gain}
+    layer.load_state_dict(state, assign=True)
+    assert torch.equal(layer(X), doubled)
+    layer.contexts[0].in_gain = nn.Parameter(gain)
+    assert torch.equal(layer(X), want)
+    layer.finish_context(0)
+    assert torch.equal(torch.func.functional_call(layer, swapped, (X,)), doubled)
+    assert torch.equal(layer(X), want)
+    assert layer.to(torch.bfloat16)(X.bfloat16()).dtype == torch.bfloat16
+
+
 # Copies
 
 

@@ -32,7 +32,10 @@ class Kernels(TorchDispatchMode):
 
 
 def refuse(operator, arguments, error, text):
-    """Every part of ``text``, between its dots, stands in the message of one ``error``; nothing ran."""
+    """Every part of ``text``, between its dots, stands in the message of one ``error``; nothing ran.
+
+    Nor is it another error where no mode watches and small calls are not checked at first.
+    """
     default = {"x": X, "matrix": DENSE if operator is modulated_linear else SPARSE}
     named = {**default, **arguments}
     x, matrix = named.pop("x"), named.pop("matrix")
@@ -45,6 +48,9 @@ def refuse(operator, arguments, error, text):
     assert all(part in message for part in text.split("...")), message
     assert message.startswith(text.split("...")[0]), message
     assert kernels.ran == []
+    with pytest.raises(error) as unwatched:
+        operator(x, matrix, **named)
+    assert (type(unwatched.value), str(unwatched.value)) == (error, message)
 
 
 def test_the_recorder_sees_kernels_run():
