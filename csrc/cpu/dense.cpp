@@ -7,6 +7,7 @@
 #include "dense.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "launch.h"
@@ -75,45 +76,51 @@ struct Launch {
     return bank.rows == 1 ? 0 : call.context ? call.context[m] : m;
   }
 
-  // Elements [first, first + count) of the packed row m: converted, with in_gain, zero outside of x.
-  void pack_elements(int64_t m, int64_t first, int64_t count, float* to) const {
+  // Elements [first, first + count) of the packed row m, in the dtype of x or in float32 with in_gain; zero
+  // outside of x.
+  template <class Element>
+  void pack_elements(int64_t m, int64_t first, int64_t count, Element* to) const {
     const int64_t begin = std::clamp<int64_t>(padding - first, 0, count);
     const int64_t end = std::clamp<int64_t>(padding + call.inputs() - first, begin, count);
     const int64_t i = first + begin - padding;
-    std::fill(to, to + begin, 0.0f);
-    read_row(call.x, m, i, end - begin, to + begin);
-    std::fill(to + end, to + count, 0.0f);
-    if (call.in_gain.data) {
+    std::fill(to, to + begin, Element{});
+    std::fill(to + end, to + count, Element{});
+    if constexpr (std::is_same_v<Element, uint16_t>) {
+      const int64_t at = m * call.x.row_stride + i * call.x.col_stride;
+      read(static_cast<const uint16_t*>(call.x.data) + at, call.x.col_stride, end - begin, to + begin,
+           [](uint16_t v) { return v; });
+    } else {
+      read_row(call.x, m, i, end - begin, to + begin);
+      if (!call.in_gain.data) return;
       const float* gain = bank(call.in_gain, m, call.inputs()) + i;
       for (int64_t e = begin; e < end; ++e) to[e] *= gain[e - begin];
     }
   }
 
-  // Rows [first, first + rows) of the `all` that are packed together from m0 on.
-  void pack_block(int64_t m0, int64_t first, int64_t rows, int64_t all, char* packed) const {
-    float row[2 * tile_steps(false, true)];
-    const int64_t run_steps = tile_steps(call.transposed, bf16);
-    const int64_t half = unit / 2;
-    for (int64_t run = 0; run < steps(); run += run_steps) {
-      const int64_t count = std::min(run_steps, steps() - run);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = run * all + first * count + r;
-        if (!bf16) {
-          pack_elements(m0 + first + r, run, count, row);
-          float* to = reinterpret_cast<float*>(packed) + at;
-          for (int64_t s = 0; s < count; ++s) to[s * rows] = row[s];
-          continue;
-        }
-        // A pair: transposed, neighbouring rows; forward, the fields f and f + P / 2 of a word.
-        pack_elements(m0 + first + r, 2 * run, 2 * count, row);
-        uint32_t* to = reinterpret_cast<uint32_t*>(packed) + at;
-        const int64_t group = call.transposed ? 1 : half;
-        for (int64_t g = 0; g < count; g += group) {
-          const float* low = row + 2 * g;
-          for (int64_t f = 0; f < group; ++f) {
-            to[(g + f) * rows] = uint32_t{to_bfloat16(low[f])} | uint32_t{to_bfloat16(low[group + f])} << 16;
-          }
-        }
+  int64_t runs() const { return (steps() + run_steps() - 1) / run_steps(); }
+  int64_t run_steps() const { return tile_steps(call.transposed, bf16); }
+
+  // Run number `run` of rows [first, first + rows) of the `all` that are packed together from m0 on.
+  void pack_run(int64_t run, int64_t m0, int64_t first, int64_t rows, int64_t all, char* packed) const {
+    const int64_t step = run * run_steps(), count = std::min(run_steps(), steps() - step);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t m = m0 + first + r, at = step * all + first * count + r;
+      if (!bf16) {
+        float row[tile_steps(false, false)];
+        pack_elements(m, step, count, row);
+        float* to = reinterpret_cast<float*>(packed) + at;
+        for (int64_t s = 0; s < count; ++s) to[s * rows] = row[s];
+        continue;
+      }
+      // A pair: transposed, neighbouring rows; forward, the fields f and f + P / 2 of a word.
+      uint16_t row[2 * tile_steps(false, true)];
+      pack_elements(m, 2 * step, 2 * count, row);
+      uint32_t* to = reinterpret_cast<uint32_t*>(packed) + at;
+      const int64_t group = call.transposed ? 1 : unit / 2;
+      for (int64_t g = 0; g < count; g += group) {
+        const uint16_t* low = row + 2 * g;
+        for (int64_t f = 0; f < group; ++f)
+          to[(g + f) * rows] = uint32_t{low[f]} | uint32_t{low[group + f]} << 16;
       }
     }
   }
@@ -220,18 +227,17 @@ void dense_product(const Dense& call, const Runtime& runtime) {
     const int64_t parts = (rows + part - 1) / part;
     const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
-      const int64_t cost = launch.elements() * launch.block / 2;
-      parallel_for(runtime, parts * part_blocks, grain(cost),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t task = begin; task < end; ++task) {
-                       const int64_t p = task / part_blocks * part;
-                       const int64_t all = std::min(part, rows - p);
-                       const int64_t first = task % part_blocks * launch.block;
-                       if (first >= all) continue;
-                       launch.pack_block(m0 + p, first, std::min(launch.block, all - first), all,
-                                         packed + p * launch.packed_row_bytes());
-                     }
-                   });
+      const int64_t runs = launch.runs(), cost = launch.run_steps() * launch.block;
+      parallel_for(runtime, parts * part_blocks * runs, grain(cost), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t p = task / runs / part_blocks * part;
+          const int64_t all = std::min(part, rows - p);
+          const int64_t first = task / runs % part_blocks * launch.block;
+          if (first >= all) continue;
+          launch.pack_run(task % runs, m0 + p, first, std::min(launch.block, all - first), all,
+                          packed + p * launch.packed_row_bytes());
+        }
+      });
     }
     const int64_t cost =
         launch.elements() * launch.vectors * (6 + std::min(part, rows));

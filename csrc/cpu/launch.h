@@ -8,8 +8,8 @@
 
 namespace nmkern::cpu {
 
-template <class T, class Convert>
-inline void read(const T* from, int64_t stride, int64_t count, float* to, Convert convert) {
+template <class T, class Element, class Convert>
+inline void read(const T* from, int64_t stride, int64_t count, Element* to, Convert convert) {
   if (stride == 1) {
     for (int64_t i = 0; i < count; ++i) to[i] = convert(from[i]);
   } else {
