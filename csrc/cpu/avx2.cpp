@@ -28,6 +28,7 @@ struct Avx2 {
   using Prepared = std::conditional_t<Fam == Family::normal, Bytes, U>;
   static constexpr int lanes = 8;
   static constexpr int max_block = 3;  // 12 sums, 1 weight, 3 x of 16 registers; 2 rows: 15 % slower at M = 256
+  static constexpr int tile_block = 3;
   static constexpr int fused_block = 2;  // 8 sums, 4 weights, 1 x, 2 constants
   static constexpr bool interleaved = false;
   static constexpr int unrolled_chunks = 8;  // rademacher at M = 2 without a register for the shift: 2.5 ms against 4.1

@@ -36,7 +36,7 @@ struct Launch {
   int64_t output_first;
   int64_t head;  // outputs of the first tile that lie before the matrix
   int64_t tiles;
-  int64_t block;  // rows of x a micro-kernel takes: as even as max_block allows
+  int64_t block;  // rows of x a micro-kernel takes
 
   Launch(const Dense& c, const Runtime& r)
       : call(c),
@@ -56,9 +56,7 @@ struct Launch {
     output_first = out / vectors;
     head = out % vectors;
     tiles = (head + c.outputs() + tile_outputs() - 1) / tile_outputs();
-    const int64_t blocks =
-        c.batch <= 2 * k.max_block ? 1 : (c.batch + k.max_block - 1) / k.max_block;
-    block = (c.batch + blocks - 1) / std::max<int64_t>(1, blocks);
+    block = c.batch <= 2 * k.max_block ? c.batch : k.tile_block;
   }
 
   int64_t tile_outputs() const { return vectors * k.lanes; }

@@ -94,6 +94,7 @@ constexpr Kernels kernels_of(const char* name, bool bf16, void (*run)(const Tile
   return {.name = name,
           .lanes = S::lanes,
           .max_block = S::max_block,
+          .tile_block = S::tile_block,
           .fused_block = S::fused_block,
           .bf16 = bf16,
           .scratch_bytes = tile_bytes<S>(),

@@ -44,7 +44,7 @@ struct Tile {
   uint32_t reduction_word;  // forward: first c0; transposed: first c1
   int64_t reduction_words;
   int64_t batch;            // rows of x, M
-  // Rows of x a micro-kernel takes: all, if they are at most 2 * Kernels::max_block; else max_block.
+  // Rows of x a micro-kernel takes: all, if they are at most 2 * Kernels::max_block; else tile_block.
   int64_t block;
   // [runs of tile_steps(...) reduction steps][blocks of rows][steps of the run][rows of the block]:
   // float, or a pair of bfloat16; zero where padded. A micro-kernel reads it from front to back.
@@ -96,6 +96,7 @@ struct Kernels {
   const char* name;
   int lanes;
   int max_block;  // rows of x for which a micro-kernel has registers beside four vectors of weights
+  int tile_block;  // rows of x that are multiplied by a decoded tile at a time
   int fused_block;  // rows of x up to which no tile is decoded, so that Tile::scratch is not used
   bool bf16;        // has bfloat16 dot products
   int64_t scratch_bytes;

@@ -24,6 +24,7 @@ struct Portable {
   using Prepared = U;
   static constexpr int lanes = 4;
   static constexpr int max_block = 2;
+  static constexpr int tile_block = 2;
   static constexpr int fused_block = 2;
   static constexpr bool interleaved = false;
   static constexpr int unrolled_chunks = 2;

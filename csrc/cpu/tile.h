@@ -3,10 +3,10 @@
 //   sums[o, m] = sum_k W[o, k] * x[m, k]        o over the tile's outputs, see kernels.h
 //
 // Up to twice `max_block` rows of x: weights go from the decoder straight into the multiply.
-// More rows: a block of weights is decoded into a tile in L1 and multiplied with every row block.
+// More rows: a block of weights is decoded into a tile in L1 and multiplied with every block of `tile_block` rows.
 // At that border, uniform in float32, 8192 x 8192 on 2 threads: AVX2 (Zen 3) M = 6 7.2 ms, 8 10.1, 12 13.5;
 // a tile for all M > 2 took 6.2 at M = 4 where fusing takes 5.3, and fusing more rows has no registers.
-// The policy S gives: U (32-bit words), F (floats), lanes, max_block, hashers, decoders, fma.
+// The policy S gives: U (32-bit words), F (floats), lanes, blocks, hashers, decoders, fma.
 #pragma once
 
 #include <cstdint>
@@ -157,16 +157,16 @@ NMKERN_INLINE void multiply_fused(const Tile& t, float* sums, bool start, Body&&
   });
 }
 
-// Multiply a decoded tile, steps [first, first + steps), with every row block; the sums live in memory
-// between tiles.
+// Multiply a decoded tile, steps [first, first + steps), with the row blocks from row m0 on; the sums live in
+// memory between tiles.
 template <class S, class C>
 void multiply_tile(const Tile& t, const typename C::Weight* weights, int64_t first, int64_t steps,
-                   float* sums) {
+                   float* sums, int64_t m0 = 0) {
   using X = typename C::X;
-  const X* x = static_cast<const X*>(t.x) + first * t.batch;
-  for (int64_t m = 0; m < t.batch; m += t.block) {
+  const X* x = static_cast<const X*>(t.x) + first * t.batch + m0 * steps;
+  for (int64_t m = m0; m < t.batch; m += t.block) {
     const int rows = int(t.batch - m < t.block ? t.batch - m : t.block);
-    with_rows<S::max_block>(rows, [&](auto r) NMKERN_FLAT {
+    with_rows<S::tile_block>(rows, [&](auto r) NMKERN_FLAT {
       constexpr int kRows = decltype(r)::value;
       typename S::F sum[kVectors][kRows];
       float* home = sums + m * kVectors * S::lanes;
@@ -235,16 +235,61 @@ void decode_words(const Tile& t, int64_t begin, int64_t end, typename C::Weight*
   }
 }
 
+// The first block of rows, with a tile of `words` words that are replaced by those from `next` on as they serve:
+// word i is hashed between the multiplies by its predecessor in place, and decoded one word later. uniform at
+// M = 16 on Zen 4: 18.5 clocks a vector of weights in bfloat16 and 17.8 in float32, decoding between tiles 20.3
+// and 19.0 (blocks of 6 rows, which have no registers for a hash: 21.0 and 19.4).
+template <class S, class C>
+void multiply_replacing(const Tile& t, typename C::Weight* weights, int64_t first, int64_t words, int64_t next) {
+  constexpr int kRows = S::tile_block;
+  constexpr int kSteps = C::forward_steps;
+  const typename S::RowHasher hash(t.key, uint32_t(C::family), t.output_word);
+  auto* turns = static_cast<typename S::U (*)[4]>(t.words);
+  unroll<4>([&](auto r) NMKERN_FLAT { turns[1][r] = S::set_words(0); });
+  typename S::F sum[kVectors][kRows];
+  clear_sums<S, kVectors, kRows>(sum);
+  const auto* x = static_cast<const typename C::X*>(t.x) + first * t.batch;
+  auto* w = weights;
+  const auto decode = [&](auto f, const typename C::Prepared(&prepared)[4]) NMKERN_FLAT {
+    unroll<4>([&](auto r) NMKERN_FLAT {
+      w[(f - kSteps) * kVectors + r] = C::template decode<f>(prepared[r]);  // before the tile at first
+    });
+  };
+  for (int64_t i = 0; i < words; ++i, w += kSteps * kVectors, x += kSteps * kRows) {
+    Rounds<S> state;
+    typename C::Prepared before[4];
+    unroll<4>([&](auto r) NMKERN_FLAT { before[r] = C::prepare(turns[(i + 1) % 2][r]); });
+    unroll<kSteps>([&](auto f) NMKERN_FLAT {
+      const auto* from = w + f * kVectors;
+      const typename C::Weight now[kVectors] = {from[0], from[1], from[2], from[3]};
+      multiply<S, C, kVectors, kRows>(sum, now, x + f * kRows);
+      decode(f, before);
+      hash_stages<f * kStages / kSteps, (f + 1) * kStages / kSteps>(
+          hash, t.reduction_word + uint32_t(next + i), state, turns[i % 2]);
+    });
+  }
+  typename C::Prepared last[4];
+  unroll<4>([&](auto r) NMKERN_FLAT { last[r] = C::prepare(turns[(words + 1) % 2][r]); });
+  unroll<kSteps>([&](auto f) NMKERN_FLAT { decode(f, last); });
+  add_sums<S, kVectors, kRows>(sum, t.sums, first == 0);
+}
+
 template <class S, class C>
 void forward(const Tile& t) {
   if (t.batch <= t.block) return forward_fused<S, C>(t);
-  auto* weights = static_cast<typename C::Weight*>(t.scratch);
   constexpr int64_t kWords = tile_steps(false, C::halves == 2) / C::forward_steps;
+  constexpr bool kReplaces = S::interleaved && C::forward_steps <= kUnrolled && !kPrepares<S, C>;
+  auto* weights = static_cast<typename C::Weight*>(t.scratch) + kReplaces * kUnrolled * kVectors;
+  bool decoded = false;
   for (int64_t begin = 0; begin < t.reduction_words; begin += kWords) {
-    const int64_t end = begin + kWords < t.reduction_words ? begin + kWords : t.reduction_words;
-    decode_words<S, C>(t, begin, end, weights);
-    multiply_tile<S, C>(t, weights, begin * C::forward_steps, (end - begin) * C::forward_steps,
-                        t.sums);
+    const int64_t left = t.reduction_words - begin, words = left < kWords ? left : kWords;
+    const int64_t first = begin * C::forward_steps;
+    if (!decoded) decode_words<S, C>(t, begin, begin + words, weights);
+    decoded = kReplaces && left >= 2 * kWords;
+    multiply_tile<S, C>(t, weights, first, words * C::forward_steps, t.sums, decoded ? t.block : 0);
+    if constexpr (kReplaces) {
+      if (decoded) multiply_replacing<S, C>(t, weights, first, words, begin + kWords);
+    }
   }
 }
 
@@ -282,6 +327,12 @@ constexpr bool is_last_chunk = false;
 template <class C, int Chunk>
 constexpr bool is_last_chunk<C, std::integral_constant<int, Chunk>> = Chunk == C::columns / kVectors - 1;
 
+constexpr int next_chunk(int chunk) { return chunk + 1; }
+template <int Chunk>
+constexpr auto next_chunk(std::integral_constant<int, Chunk>) {
+  return std::integral_constant<int, Chunk + 1>{};
+}
+
 // Chunk number `chunk` of kVectors fields of the words in use, with the sums of all rows of x in registers.
 template <class S, class C, class Queue, class Chunk>
 void transposed_fused(const Tile& t, const Queue& queue, Chunk chunk, float* sums) {
@@ -306,40 +357,60 @@ void transposed_fused(const Tile& t, const Queue& queue, Chunk chunk, float* sum
   });
 }
 
-// The same by way of a decoded tile.
+// Chunk number `chunk` of the words in use as a tile: [step][kVectors].
 template <class S, class C, class Queue, class Chunk>
-void transposed_tile(const Tile& t, const Queue& queue, Chunk chunk, typename C::Weight* weights,
-                     float* sums) {
-  using X = typename C::X;
+void decode_chunk(const Queue& queue, Chunk chunk, typename C::Weight* to) {
   static_assert(kTileWords * C::patch_steps == tile_steps(true, C::halves == 2));
-  auto* to = weights;
-  for (int64_t i = 0; i < queue.count(); ++i) {
+  for (int64_t i = 0; i < queue.count(); ++i, to += C::patch_steps * kVectors) {
     unroll<C::patch_steps>([&](auto step) NMKERN_FLAT {
       typename C::Weight w[kVectors];
       decode_step<S, C, 0, kVectors>(w, queue[i], step, chunk);
-      unroll<kVectors>([&](auto o) NMKERN_FLAT { to[o] = w[o]; });
-      to += kVectors;
+      unroll<kVectors>([&](auto o) NMKERN_FLAT { to[step * kVectors + o] = w[o]; });
     });
   }
-  const int64_t first_step = queue.begin * C::patch_steps, steps = queue.count() * C::patch_steps;
-  if constexpr (kPrepares<S, C>) {
-    if (t.batch <= t.block) {
-      const X* all = static_cast<const X*>(t.x) + first_step * t.batch;
-      multiply_fused<S, C, false>(t, sums, queue.begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
-        constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
-        constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
-        const typename C::Weight* from = weights + first;
-        const X* x = all;
-        for (int64_t k = 0; k < steps; ++k, from += kVectors, x += kRows) {
-          typename C::Weight w[kNow];
-          unroll<kNow>([&](auto o) NMKERN_FLAT { w[o] = from[o]; });
-          multiply<S, C, kNow, kRows>(sum, w, x);
-        }
-      });
-      return;
+}
+
+// The sums of a tile with all rows of x in registers, for weights that take work to decode.
+template <class S, class C>
+void multiply_whole(const Tile& t, const typename C::Weight* weights, int64_t first, int64_t steps, float* sums) {
+  const auto* all = static_cast<const typename C::X*>(t.x) + first * t.batch;
+  multiply_fused<S, C, false>(t, sums, first == 0, [&](auto vector, auto& sum) NMKERN_FLAT {
+    constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
+    constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+    const typename C::Weight* from = weights + vector;
+    const auto* x = all;
+    for (int64_t k = 0; k < steps; ++k, from += kVectors, x += kRows) {
+      typename C::Weight w[kNow];
+      unroll<kNow>([&](auto o) NMKERN_FLAT { w[o] = from[o]; });
+      multiply<S, C, kNow, kRows>(sum, w, x);
     }
+  });
+}
+
+// The first block of rows with the tile of a chunk, which the next chunk's weights replace as they serve; or, of the
+// last chunk, words by those to come. As multiply_replacing.
+template <class S, class C, class Queue, class Chunk>
+void transposed_replacing(const Tile& t, const Queue& queue, Chunk chunk, typename C::Weight* w, float* sums) {
+  constexpr int kRows = S::tile_block;
+  typename S::F sum[kVectors][kRows];
+  clear_sums<S, kVectors, kRows>(sum);
+  const auto* x = static_cast<const typename C::X*>(t.x) + queue.begin * C::patch_steps * t.batch;
+  for (int64_t i = 0; i < queue.count(); ++i) {
+    Rounds<S> state;
+    unroll<C::patch_steps>([&](auto step) NMKERN_FLAT {
+      typename C::Weight now[kVectors] = {w[0], w[1], w[2], w[3]};
+      multiply<S, C, kVectors, kRows>(sum, now, x);
+      x += kRows;
+      if constexpr (is_last_chunk<C, Chunk>) {
+        queue.template replace<step, C::patch_steps>(i, state);
+      } else {
+        decode_step<S, C, 0, kVectors>(now, queue[i], step, next_chunk(chunk));
+        unroll<kVectors>([&](auto o) NMKERN_FLAT { w[o] = now[o]; });
+      }
+      w += kVectors;
+    });
   }
-  multiply_tile<S, C>(t, weights, first_step, steps, sums);
+  add_sums<S, kVectors, kRows>(sum, sums, queue.begin == 0);
 }
 
 template <class S, class C>
@@ -347,14 +418,21 @@ void transposed(const Tile& t) {
   WordQueue<S, C, typename S::ColumnHasher> queue(t);
   auto* weights = static_cast<typename C::Weight*>(t.scratch);
   const int64_t chunk_sums = t.batch * kVectors * S::lanes;
-  const bool fused = t.batch <= t.block && !(kPrepares<S, C> && t.batch > S::fused_block);
+  const bool whole = t.batch <= t.block, fused = whole && !(kPrepares<S, C> && t.batch > S::fused_block);
   constexpr int kChunks = C::columns / kVectors;
+  constexpr bool kReplaces = S::interleaved && !kPrepares<S, C>;
   for (; queue.begin < t.reduction_words; queue.begin += kTileWords) {
-    queue.fill(fused && replaces_words<S, C, false>(t.batch));
+    queue.fill(fused ? replaces_words<S, C, false>(t.batch) : kReplaces);
+    const int64_t first = queue.begin * C::patch_steps, steps = queue.count() * C::patch_steps;
     const auto run = [&](auto chunk) {
       float* sums = t.sums + chunk * chunk_sums;
-      if (fused) transposed_fused<S, C>(t, queue, chunk, sums);
-      else transposed_tile<S, C>(t, queue, chunk, weights, sums);
+      if (fused) return transposed_fused<S, C>(t, queue, chunk, sums);
+      if (!kReplaces || chunk == 0) decode_chunk<S, C>(queue, chunk, weights);
+      if constexpr (kPrepares<S, C>) {
+        if (whole) return multiply_whole<S, C>(t, weights, first, steps, sums);
+      }
+      multiply_tile<S, C>(t, weights, first, steps, sums, kReplaces ? t.block : 0);
+      if constexpr (kReplaces) transposed_replacing<S, C>(t, queue, chunk, weights, sums);
     };
     if constexpr (kChunks <= S::unrolled_chunks) {
       unroll<kChunks>(run);
@@ -397,7 +475,7 @@ constexpr int64_t words_bytes() {
 
 template <class S>
 constexpr int64_t tile_bytes() {
-  return int64_t{tile_steps(false, false)} * kVectors * S::lanes * 4;
+  return int64_t{tile_steps(false, false) + S::interleaved * kUnrolled} * kVectors * S::lanes * 4;
 }
 
 }  // namespace
