@@ -104,11 +104,6 @@ struct Pool {
     r.allocate = [](void* self, int64_t bytes) { return static_cast<Pool*>(self)->allocate(bytes); };
     r.parallel_for = [](int64_t size, int64_t grain, void (*body)(int64_t, int64_t, void*),
                         void* context) { torch_parallel_for(0, size, grain, body, context); };
-    r.thread_index = []() -> int64_t {
-      uint32_t index = 0;
-      torch_get_thread_idx(&index);
-      return index;
-    };
     return r;
   }
 };

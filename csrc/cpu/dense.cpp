@@ -217,8 +217,11 @@ void dense_product(const Dense& call, const Runtime& runtime) {
       launch.packed_as_is() ? call.x.data
                             : runtime.allocate(runtime.self, launch.packed_row_bytes() * chunk));
   const int64_t scratch_bytes = launch.scratch_bytes(part);
-  char* scratch =
-      static_cast<char*>(runtime.allocate(runtime.self, scratch_bytes * runtime.threads));
+  const int64_t tasks = launch.tiles * ((chunk + part - 1) / part);
+  const int64_t tile_grain =
+      grain(launch.elements() * launch.vectors * (6 + std::min(part, chunk)));
+  char* scratch = static_cast<char*>(
+      runtime.allocate(runtime.self, scratch_bytes * workers(runtime, tasks, tile_grain)));
 
   for (int64_t m0 = 0; m0 < call.batch; m0 += chunk) {
     const int64_t rows = std::min(chunk, call.batch - m0);
@@ -226,7 +229,7 @@ void dense_product(const Dense& call, const Runtime& runtime) {
     const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
       const int64_t runs = launch.runs(), cost = launch.run_steps() * launch.block;
-      parallel_for(runtime, parts * part_blocks * runs, grain(cost), [&](int64_t begin, int64_t end) {
+      parallel_for(runtime, parts * part_blocks * runs, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t p = task / runs / part_blocks * part;
           const int64_t all = std::min(part, rows - p);
@@ -237,11 +240,9 @@ void dense_product(const Dense& call, const Runtime& runtime) {
         }
       });
     }
-    const int64_t cost =
-        launch.elements() * launch.vectors * (6 + std::min(part, rows));
-    parallel_for(runtime, launch.tiles * parts, grain(cost),
-                 [&](int64_t begin, int64_t end) {
-                   Tile tile = launch.tile_in(scratch + scratch_bytes * runtime.thread_index());
+    parallel_for(runtime, launch.tiles * parts, tile_grain,
+                 [&](int64_t begin, int64_t end, int64_t worker) {
+                   Tile tile = launch.tile_in(scratch + scratch_bytes * worker);
                    for (int64_t task = begin; task < end; ++task) {
                      const int64_t p = task % parts * part;
                      launch.run_tile(tile, task / parts, m0 + p, std::min(part, rows - p),

@@ -37,7 +37,6 @@ struct Runtime {
   void* (*allocate)(void* self, int64_t bytes);
   // body(begin, end, context) on ranges that cover [0, size), from PyTorch's own thread pool.
   void (*parallel_for)(int64_t size, int64_t grain, void (*body)(int64_t, int64_t, void*), void*);
-  int64_t (*thread_index)();
   void* self;
 };
 

@@ -72,7 +72,7 @@ struct Sweep {
       for (int64_t s = 0; s < net.fan_in; ++s, drawn += k.lanes)
         for (int64_t lane = 0; lane < lanes; ++lane) counts[drawn[lane]] += 1;
     }
-    parallel_for(runtime, blocks, grain(2 * block_floats), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, blocks, grain(2 * block_floats), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t b = begin; b < end; ++b) {
         float* to = x + b * block_floats;
         transpose_rows(net.x, b * kBatch, rows(b), net.inputs, to);
@@ -92,8 +92,8 @@ struct Sweep {
   void decode(int64_t g0, int64_t count) const {
     const int64_t per_word = columns_per_word(net.family);
     const int64_t head = net.decoder_row % kRowsPerPatch;
-    parallel_for(runtime, count, grain(kSparseRows * (2 * class_lanes() / k.lanes + net.classes)), [&](int64_t begin, int64_t end) {
-      float* tile = decoded + runtime.thread_index() * decoded_floats();
+    parallel_for(runtime, count, grain(kSparseRows * (2 * class_lanes() / k.lanes + net.classes)), [&](int64_t begin, int64_t end, int64_t worker) {
+      float* tile = decoded + worker * decoded_floats();
       for (int64_t g = begin; g < end; ++g) {
         const int64_t first = net.decoder_col + (g0 + g) * kSparseRows;
         const int64_t padding = first % per_word;
@@ -140,7 +140,7 @@ void flynet_logits(const FlyNet& net, const Runtime& runtime) {
     const int64_t count = std::min(sweep.chunk, sweep.groups - g0);
     sweep.decode(g0, count);
     const int64_t cost = count * kSparseRows * (net.fan_in + net.classes + 4);
-    parallel_for(runtime, sweep.blocks, grain(cost), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, sweep.blocks, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
       alignas(64) float hidden[kSparseRows * kBatch];
       alignas(64) float gain[kSparseRows];
       for (int64_t b = begin; b < end; ++b) {
@@ -184,7 +184,7 @@ void flynet_gain_grad(const FlyNet& net, const Runtime& runtime) {
     const int64_t count = std::min(sweep.chunk, sweep.groups - g0);
     sweep.decode(g0, count);
     const int64_t cost = sweep.blocks * kSparseRows * (net.fan_in + net.classes + 4);
-    parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
       alignas(64) float product[kSparseRows * kBatch];
       alignas(64) float total[kSparseRows * kBatch];
       for (int64_t g = begin; g < end; ++g) {

@@ -57,32 +57,37 @@ inline void write_row(const Matrix& a, int64_t row, int64_t first, int64_t count
 // Tasks, of `cost` vector operations each, that are worth waking a thread for: about 20 us of them.
 inline int64_t grain(int64_t cost) { return (1 << 16) / std::max<int64_t>(1, cost) + 1; }
 
-// body(begin, end) on ranges that cover [0, size), several a thread: half of an even share of what is left, at
-// least one task, to whichever thread asks next. Cores are not alike (other programs, efficiency cores), and with
+// How many threads a loop over `size` tasks has use for; each is told apart by a number below that.
+inline int64_t workers(const Runtime& runtime, int64_t size, int64_t grain) {
+  return std::max<int64_t>(1, std::min(runtime.threads, (size + grain - 1) / grain));
+}
+
+// body(begin, end, worker) on ranges that cover [0, size), several a worker: half of an even share of what is left,
+// at least one task, to whichever asks next. Cores are not alike (other programs, efficiency cores), and with
 // equal shares the slowest one sets the time.
 template <class Body>
 void parallel_for(const Runtime& runtime, int64_t size, int64_t grain, const Body& body) {
-  const int64_t workers = std::min(runtime.threads, (size + grain - 1) / grain);
-  if (workers <= 1) {
-    if (size > 0) body(0, size);
-    return;
-  }
   struct Loop {
     const Body& body;
     const int64_t size, workers;
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0}, arrived{0};
 
     void run() {
+      const int64_t worker = arrived.fetch_add(1);
       for (int64_t begin = next.load(); begin < size;) {
         const int64_t end = begin + std::max<int64_t>(1, (size - begin) / (2 * workers));
         if (!next.compare_exchange_weak(begin, end)) continue;
-        body(begin, end);
+        body(begin, end, worker);
         begin = next.load();
       }
     }
-  } loop{body, size, workers};
+  } loop{body, size, workers(runtime, size, grain)};
+  if (loop.workers == 1) {
+    if (size > 0) body(0, size, 0);
+    return;
+  }
   runtime.parallel_for(
-      workers, 1, [](int64_t, int64_t, void* self) { static_cast<Loop*>(self)->run(); }, &loop);
+      loop.workers, 1, [](int64_t, int64_t, void* self) { static_cast<Loop*>(self)->run(); }, &loop);
 }
 
 }  // namespace nmkern::cpu

@@ -71,7 +71,7 @@ void Launch::forward(int64_t groups_at_once, uint32_t* columns) const {
   auto* x = static_cast<float*>(allocate(at_once * block_floats * 4));
   for (int64_t b0 = 0; b0 < blocks; b0 += at_once) {
     const int64_t count = std::min(at_once, blocks - b0);
-    parallel_for(runtime, count, grain(block_floats), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(block_floats), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t m = (b0 + b) * kBatch;
         transpose_rows(call.x, m, std::min<int64_t>(kBatch, call.batch - m), call.cols,
@@ -82,7 +82,7 @@ void Launch::forward(int64_t groups_at_once, uint32_t* columns) const {
       const int64_t now = std::min(groups_at_once, groups() - g0);
       draw_columns(call, runtime, g0, now, columns);
       const int64_t cost = kSparseRows * (call.fan_in + 12);
-      parallel_for(runtime, count * now, grain(cost), [&](int64_t begin, int64_t end) {
+      parallel_for(runtime, count * now, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
         alignas(64) float tile[kBatch * kSparseRows];
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / now, g = task % now;
@@ -109,7 +109,7 @@ void Launch::forward_rows(int64_t groups_at_once, uint32_t* columns) const {
     const int64_t now = std::min(groups_at_once, groups() - g0);
     draw_columns(call, runtime, g0, now, columns);
     const int64_t cost = kSparseRows * call.fan_in * call.batch;
-    parallel_for(runtime, now, grain(cost), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, now, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
       alignas(64) float sums[kSparseRows];
       for (int64_t g = begin; g < end; ++g) {
         const int64_t n = (g0 + g) * kSparseRows;
@@ -134,7 +134,7 @@ void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
   auto* y = static_cast<float*>(allocate(at_once * out_floats * 4));
   for (int64_t b0 = 0; b0 < blocks; b0 += at_once) {
     const int64_t count = std::min(at_once, blocks - b0);
-    parallel_for(runtime, count, grain(in_floats), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(in_floats), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t m = (b0 + b) * kBatch;
         transpose_rows(call.x, m, std::min<int64_t>(kBatch, call.batch - m), call.rows,
@@ -146,7 +146,7 @@ void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
       const int64_t now = std::min(groups_at_once, groups() - g0);
       draw_columns(call, runtime, g0, now, columns);
       const int64_t cost = now * group_columns() * 2;
-      parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end) {
+      parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
         for (int64_t b = begin; b < end; ++b) {
           for (int64_t g = 0; g < now; ++g) {
             const int64_t r = (g0 + g) * kSparseRows;
@@ -157,7 +157,7 @@ void Launch::transposed(int64_t groups_at_once, uint32_t* columns) const {
         }
       });
     }
-    parallel_for(runtime, count, grain(out_floats), [&](int64_t begin, int64_t end) {
+    parallel_for(runtime, count, grain(out_floats), [&](int64_t begin, int64_t end, int64_t) {
       alignas(64) float tile[kBatch * kSparseRows];
       for (int64_t b = begin; b < end; ++b) {
         const float* from = y + b * out_floats;
@@ -179,7 +179,7 @@ void draw_columns(const Sparse& call, const Runtime& runtime, int64_t first, int
                   uint32_t* columns) {
   const Launch launch{call, runtime};
   const int64_t cost = kSparseRows / launch.k.lanes * call.fan_in * (20 + call.fan_in);
-  parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end) {
+  parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t g = begin; g < end; ++g)
       launch.draw(first + g, columns + g * launch.group_columns());
   });

@@ -36,7 +36,7 @@ struct Host {
               body(0, size / 2, context);
               body(size / 2, size, context);
             },
-            []() -> int64_t { return 0; }, this};
+            this};
   }
 };
 
