@@ -72,10 +72,10 @@ struct Avx2 {
   static NMKERN_INLINE F relu(F v) { return _mm256_max_ps(zero(), v); }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm256_i32gather_ps(x, index, 4); }
 
-  // to[j * To + i] = from[i * From + j] for lanes x kBatch, 8 x 8 at a time
-  template <int From, int To>
-  static NMKERN_INLINE void transpose(const float* from, float* to) {
-    for (int half = 0; half < 2; ++half, from += 8, to += 8 * To) {
+  // to[j * stride + i] = from[i * From + j] for lanes x kBatch, 8 x 8 at a time
+  template <int From>
+  static NMKERN_INLINE void transpose(const float* from, float* to, int64_t stride) {
+    for (int half = 0; half < 2; ++half, from += 8, to += 8 * stride) {
       F a[8], b[8];
       unroll<8>([&](auto i) NMKERN_FLAT { a[i] = load(from + i * From); });
       unroll<4>([&](auto i) NMKERN_FLAT {
@@ -90,8 +90,8 @@ struct Avx2 {
       });
       // a[4 i + c] holds columns c and c + 4 (its 128-bit lanes) of rows 4 i to 4 i + 3.
       unroll<4>([&](auto c) NMKERN_FLAT {
-        store(to + c * To, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
-        store(to + (c + 4) * To, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+        store(to + c * stride, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+        store(to + (c + 4) * stride, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
       });
     }
   }

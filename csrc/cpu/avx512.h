@@ -63,11 +63,15 @@ struct Avx512 {
   static NMKERN_INLINE F relu(F v) { return _mm512_max_ps(zero(), v); }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U index) { return _mm512_i32gather_ps(index, x, 4); }
 
-  // to[j * To + i] = from[i * From + j] for 16 x 16
-  template <int From, int To>
-  static NMKERN_INLINE void transpose(const float* from, float* to) {
-    __m512 a[16], b[16];
-    unroll<16>([&](auto i) NMKERN_FLAT { a[i] = _mm512_loadu_ps(from + i * From); });
+  // to[j * stride + i] = from[i * From + j] for 16 x 16
+  template <int From>
+  static NMKERN_INLINE void transpose(const float* from, float* to, int64_t stride) {
+    F rows[16];
+    unroll<16>([&](auto i) NMKERN_FLAT { rows[i] = load(from + i * From); });
+    transpose(rows, to, stride);
+  }
+  static NMKERN_INLINE void transpose(F (&a)[16], float* to, int64_t stride) {
+    F b[16];
     unroll<8>([&](auto i) NMKERN_FLAT {
       b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
       b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
@@ -84,10 +88,10 @@ struct Avx512 {
       const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xEE);
       const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
       const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xEE);
-      store(to + c * To, _mm512_shuffle_f32x4(low01, low23, 0x88));
-      store(to + (c + 4) * To, _mm512_shuffle_f32x4(low01, low23, 0xDD));
-      store(to + (c + 8) * To, _mm512_shuffle_f32x4(high01, high23, 0x88));
-      store(to + (c + 12) * To, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+      store(to + c * stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
+      store(to + (c + 4) * stride, _mm512_shuffle_f32x4(low01, low23, 0xDD));
+      store(to + (c + 8) * stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
+      store(to + (c + 12) * stride, _mm512_shuffle_f32x4(high01, high23, 0xDD));
     });
   }
 

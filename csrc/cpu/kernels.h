@@ -71,8 +71,9 @@ constexpr int kBatch = 16;       // rows of the batch that share a drawn column
 // outside of the view is `cols`, where x has a zero and y a slot that nobody reads.
 struct SparseKernels {
   void (*draw)(const SparseRows& rows, uint32_t* columns);
-  // tile[kBatch][kSparseRows] = factor * the sums, from x[cols + 1][kBatch]
-  void (*gather)(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* tile);
+  // y[kBatch][kSparseRows], `stride` floats from row to row, = factor * the sums, from x[cols + 1][kBatch]
+  void (*gather)(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* y,
+                 int64_t stride);
   // sums[kSparseRows] from x[cols + 1]
   void (*gather_one)(const uint32_t* columns, int64_t fan_in, const float* x, float* sums);
   // y[cols + 1][kBatch] += x[rows][kBatch], at most kSparseRows rows

@@ -60,11 +60,11 @@ struct Portable {
   static NMKERN_INLINE F relu(F v) { return v < 0 ? F{} : v; }  // a NaN stays one
   static NMKERN_INLINE F gather(const float* x, U i) { return F{x[i[0]], x[i[1]], x[i[2]], x[i[3]]}; }
 
-  // to[j * To + i] = from[i * From + j] for lanes x kBatch
-  template <int From, int To>
-  static NMKERN_INLINE void transpose(const float* from, float* to) {
+  // to[j * stride + i] = from[i * From + j] for lanes x kBatch
+  template <int From>
+  static NMKERN_INLINE void transpose(const float* from, float* to, int64_t stride) {
     for (int j = 0; j < kBatch; ++j)
-      for (int i = 0; i < lanes; ++i) to[j * To + i] = from[i * From + j];
+      for (int i = 0; i < lanes; ++i) to[j * stride + i] = from[i * From + j];
   }
 
   static NMKERN_INLINE U shift_right(U v, int bits) { return v >> uint32_t(bits); }

@@ -86,11 +86,16 @@ void Launch::forward(int64_t groups_at_once, uint32_t* columns) const {
         alignas(64) float tile[kBatch * kSparseRows];
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / now, g = task % now;
-          k.sparse.gather(columns + g * group_columns(), call.fan_in, x + b * block_floats, call.factor,
-                          tile);
           const int64_t m = (b0 + b) * kBatch, n = (g0 + g) * kSparseRows;
+          const int64_t rows = std::min<int64_t>(kBatch, call.batch - m);
           const int64_t outputs = std::min<int64_t>(kSparseRows, call.rows - n);
-          for (int64_t lane = 0; lane < std::min<int64_t>(kBatch, call.batch - m); ++lane)
+          const bool in_place = rows == kBatch && outputs == kSparseRows &&
+                                call.y.dtype == Dtype::float32 && call.y.col_stride == 1;
+          float* to = in_place ? static_cast<float*>(call.y.data) + m * call.y.row_stride + n : tile;
+          k.sparse.gather(columns + g * group_columns(), call.fan_in, x + b * block_floats, call.factor,
+                          to, in_place ? call.y.row_stride : kSparseRows);
+          if (in_place) continue;
+          for (int64_t lane = 0; lane < rows; ++lane)
             write_row(call.y, m + lane, n, outputs, tile + lane * kSparseRows);
         }
       });

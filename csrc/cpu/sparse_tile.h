@@ -49,20 +49,27 @@ void draw(const SparseRows& rows, uint32_t* columns) {
   }
 }
 
-// tile[lane of the batch][row] = factor * sum over the row's columns k: x[k][lane]
+// y[lane of the batch][row] = factor * sum over the row's columns k: x[k][lane]
 template <class S>
-void gather(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* tile) {
-  alignas(64) float rows[S::lanes][kBatch];
+void gather(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* y, int64_t stride) {
   const auto scale = S::broadcast(&factor);
+  const auto sum_of = [&](int lane) NMKERN_FLAT {
+    auto sum = Batch<S>::load(x + int64_t{columns[lane]} * kBatch);
+    for (int64_t s = 1; s < fan_in; ++s)
+      sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
+    unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT { sum.part[i] = S::multiply(sum.part[i], scale); });
+    return sum;
+  };
   for (int64_t first = 0; first < kSparseRows; first += S::lanes, columns += fan_in * S::lanes) {
-    for (int lane = 0; lane < S::lanes; ++lane) {
-      auto sum = Batch<S>::load(x + int64_t{columns[lane]} * kBatch);
-      for (int64_t s = 1; s < fan_in; ++s)
-        sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
-      unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT { sum.part[i] = S::multiply(sum.part[i], scale); });
-      sum.store(rows[lane]);
+    if constexpr (S::lanes == kBatch) {  // a square that never leaves the registers
+      typename S::F rows[kBatch];
+      unroll<kBatch>([&](auto lane) NMKERN_FLAT { rows[lane] = sum_of(lane).part[0]; });
+      S::transpose(rows, y + first, stride);
+    } else {
+      alignas(64) float rows[S::lanes][kBatch];
+      for (int lane = 0; lane < S::lanes; ++lane) sum_of(lane).store(rows[lane]);
+      S::template transpose<kBatch>(rows[0], y + first, stride);
     }
-    S::template transpose<kBatch, kSparseRows>(rows[0], tile + first);
   }
 }
 
@@ -96,13 +103,13 @@ template <class S>
 void to_lanes(const float* rows, float* lanes) {
   for (int m = 0; m < kBatch; m += S::lanes)
     for (int k = 0; k < kSparseRows; k += kBatch)
-      S::template transpose<kSparseRows, kBatch>(rows + m * kSparseRows + k, lanes + k * kBatch + m);
+      S::template transpose<kSparseRows>(rows + m * kSparseRows + k, lanes + k * kBatch + m, kBatch);
 }
 
 template <class S>
 void from_lanes(const float* lanes, float* rows) {
   for (int k = 0; k < kSparseRows; k += S::lanes)
-    S::template transpose<kBatch, kSparseRows>(lanes + k * kBatch, rows + k);
+    S::template transpose<kBatch>(lanes + k * kBatch, rows + k, kSparseRows);
 }
 
 template <class S>
