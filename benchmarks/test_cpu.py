@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
 
-from benchmarks.cases import BOUNDS, generator, name_of
-from benchmarks.harness import check
 from nmkern import RandomMatrix, modulated_linear, sparse_project
+from nmkern.bench.cases import BOUNDS, generator, name_of
+from nmkern.bench.rivals import check
 
 SIZE = 2048
 

@@ -1,7 +1,8 @@
 """The two clocks: the host's, and a CUDA device's events around replayed graphs.
 
-Both call the variants in turn, ours and its rivals, so that drift of the machine hits all alike; medians
-and 20/80 percentiles come from those interleaved rounds and are per call. All else about a measurement
+Both call the variants in turn, ours and its rivals, so that drift of the machine hits all alike, and
+return the seconds of a call in each of those interleaved rounds. A variant that takes many times as long
+as the shortest sits most rounds out, or the others would hardly be timed. All else about a measurement
 (what, checked how, written where) is in ``harness`` and the same for both.
 """
 
@@ -14,21 +15,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nmkern import environment
-from nmkern.backends import cpu, triton
-from nmkern.cli.machine import cpu_model
+from nmkern.backends.selection import explain
+from nmkern.machine import cpu_model
+from nmkern.matrix import RandomMatrix
 
 Call = Callable[[], object]
+Samples = NDArray[np.float64]
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call."""
-
-    median: float
-    p20: float
-    p80: float
+_LEAST = 7  # rounds that every variant is in, and
+_LEAST_LONG = 3  # where a round takes longer than the time for all
+_PAUSE = 0.05  # seconds until the threads of another library sleep, or ours
+# A variant is left out of rounds once it takes this many times as long as the shortest one.
+_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,12 @@ class Eager:
         return self.call()
 
 
-def summary(samples: list[float], calls: int) -> Timing:
-    return Timing(*(float(v) / calls for v in np.percentile(samples, (50, 20, 80))))
+@dataclass(frozen=True)
+class Apart(Eager):
+    """A call of a library with threads of its own, which spin for a while once they have worked.
+
+    Without a pause NumPy's BLAS made the next call of ours take 3.7 ms instead of 0.08 (two cores).
+    """
 
 
 def repeated(call: Call, times: int) -> Call:
@@ -55,31 +60,53 @@ def repeated(call: Call, times: int) -> Call:
     return run
 
 
+def strides_of(first: Mapping[str, float]) -> dict[str, int]:
+    """In one of how many rounds each variant takes part, from the seconds of its first call."""
+    shortest = max(min(first.values()), 1e-6)
+    return {name: max(1, int(seconds / (_SHARE * shortest))) for name, seconds in first.items()}
+
+
 class HostClock:
     """Wall time on the host. ``settle`` waits for what the calls left running, outside of the time."""
 
     def __init__(self, settle: Call = lambda: None) -> None:
         self.settle = settle
 
-    def time(self, variants: Mapping[str, Call], seconds: float, calls: int = 1) -> dict[str, Timing]:
-        """Time the variants in turn for about ``seconds``: 7 rounds at least, or 3 longer than that."""
+    def time(self, variants: Mapping[str, Call], seconds: float, calls: int = 1) -> dict[str, Samples]:
+        """Seconds of a call of each variant, one a round, for about ``seconds`` in all.
+
+        Each is in 7 rounds at least, or in 3 where one round is longer than ``seconds``.
+        """
         plays = {name: repeated(call, calls) for name, call in variants.items()}
-        start = time.perf_counter()
+        # Last in a round: what comes after one of these needs a pause and a call that is not timed.
+        apart = {name: isinstance(call, Apart) for name, call in variants.items()}
+        plays = dict(sorted(plays.items(), key=lambda item: apart[item[0]]))
         for play in plays.values():
             play()
-        least = 7 if time.perf_counter() - start < seconds else 3
+        first = {name: self._timed(play, apart[name]) for name, play in plays.items()}
+        least = _LEAST if sum(first.values()) < seconds else _LEAST_LONG
+        strides = strides_of({name: spent + 2 * _PAUSE * apart[name] for name, spent in first.items()})
         samples: dict[str, list[float]] = {name: [] for name in plays}
         end = time.perf_counter() + seconds
         rounds = 0
-        while rounds < least or time.perf_counter() < end:
+        rested = True
+        while time.perf_counter() < end or min(map(len, samples.values())) < least:
             for name, play in plays.items():
-                self.settle()
-                start = time.perf_counter()
-                play()
-                samples[name].append(time.perf_counter() - start)
+                if rounds % strides[name] == 0:
+                    samples[name].append(self._timed(play, rested or apart[name]))
+                    rested = apart[name]
             rounds += 1
         self.settle()
-        return {name: summary(s, calls) for name, s in samples.items()}
+        return {name: np.array(found) / calls for name, found in samples.items()}
+
+    def _timed(self, play: Call, after_pause: bool = False) -> float:
+        if after_pause:
+            time.sleep(_PAUSE)
+            play()
+        self.settle()
+        start = time.perf_counter()
+        play()
+        return time.perf_counter() - start
 
     def peak_bytes(self, call: Call) -> int:
         """The most that PyTorch's allocator held during ``call`` beyond what it held before."""
@@ -95,7 +122,7 @@ class HostClock:
 
     def machine(self) -> dict[str, object]:
         """What a row says of the machine that this clock times."""
-        return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "kernel": cpu.kernel()}
+        return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "kernel": _kernel("cpu")}
 
 
 class CudaClock:
@@ -112,8 +139,8 @@ class CudaClock:
         self._filler = torch.zeros(128 * 2**20, device="cuda")
 
     def time(
-        self, variants: Mapping[str, Call], seconds: float, calls: int = 1, least: int = 7
-    ) -> dict[str, Timing]:
+        self, variants: Mapping[str, Call], seconds: float, calls: int = 1, least: int = _LEAST
+    ) -> dict[str, Samples]:
         """As ``HostClock.time``."""
         # What is not in a graph is no short call, and is not made several times over.
         times = {name: 1 if isinstance(call, Eager) else calls for name, call in variants.items()}
@@ -137,7 +164,7 @@ class CudaClock:
             for name, (start, stop) in events.items():
                 samples[name].append(start.elapsed_time(stop) / 1e3)
             rounds += 1
-        return {name: summary(s, times[name]) for name, s in samples.items()}
+        return {name: np.array(found) / times[name] for name, found in samples.items()}
 
     def _playable(self, call: Call, calls: int) -> Call:
         many = repeated(call, calls)
@@ -175,7 +202,7 @@ class CudaClock:
             "driver": _driver(),
             "cuda": torch.version.cuda,
             "cpu": cpu_model(),
-            "kernel": triton.kernel(),
+            "kernel": _kernel("cuda"),
             "autotune": environment.read("NMKERN_TRITON_AUTOTUNE") is not None,
         }
 
@@ -188,6 +215,10 @@ def _side_stream() -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     around.wait_stream(stream)
+
+
+def _kernel(device: str) -> str:
+    return explain(RandomMatrix(1, 1, seed=0), device=device).kernel
 
 
 def _driver() -> str | None:
