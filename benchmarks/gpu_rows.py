@@ -6,16 +6,16 @@ would take 128 GiB stored, and is measured against the time that its number of w
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nmkern import RandomMatrix, explain, modulated_linear
-from nmkern.bench import cases
-from nmkern.bench.harness import Case, Report
+from nmkern.bench import cases, huge
+from nmkern.bench.harness import Report
 from nmkern.bench.plan import Outcome, Row
+from nmkern.bench.rows import not_timed
 
 BF16, F32 = torch.bfloat16, torch.float32
 # In the rows of a few batches; a missing one is named there.
@@ -85,7 +85,11 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
     for size in extent.sizes[1:]:
         yield from dense(size, extent.first)
     for m in extent.huge_batches:
-        yield Row(f"huge M={m}", 20, lambda m=m: huge(report, extent, m))
+        yield Row(
+            f"huge M={m}",
+            20,
+            lambda m=m: huge.measure(report, extent.huge, m, BF16, extent.device, extent.seconds),
+        )
     yield from dense(small, extent.few, "rademacher")
     for grad in (False, True):
         yield Row(
@@ -120,30 +124,6 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         yield from dense(large, extent.few, "rademacher")
 
 
-def huge(report: Report, extent: Extent, m: int) -> None:
-    """A layer whose weights would fit no GPU's memory: its time, and what a smaller one's rate predicts."""
-    size = extent.huge
-    matrix = RandomMatrix(size, size, seed=1, scale=size**-0.5)
-    x = torch.randn(m, size, generator=cases.generator(extent.device), device=extent.device).to(BF16)
-    slices = cases.exact_slices(matrix, extent.device)
-    error = cases.check_slices(modulated_linear(x, matrix), x, slices, cases.BOUNDS[BF16])
-    rates = [
-        row["weights_per_second"]
-        for row in report.rows
-        if (row["name"], row.get("m"), row.get("dtype"), row.get("family"))
-        == ("linear", m, "bfloat16", "uniform")
-    ]
-    backend = explain(matrix, BF16, extent.device).backend
-    extra: Mapping[str, object] = {
-        "backend": backend,
-        "predicted_seconds": size * size / rates[-1] if rates else None,  # of the largest that there was
-        "stored_bytes": matrix.stored_bytes(BF16),
-    }
-    case = Case("linear, huge", *(m, size, size, "bfloat16", "uniform", size * size), extra=extra)
-    call = cases.served(lambda: modulated_linear(x, matrix), backend)
-    report.measure(case, call, {}, error, extent.seconds)
-
-
 def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
     """The rows as text: times, ratios, rates; then what failed and what was not measured."""
     measured = [row for row in found if "seconds" in row]
@@ -166,13 +146,6 @@ def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
     for title, these in (("failed", outcome.failed), ("not measured", outcome.left)):
         lines += [f"{title}: {label}: {reason.splitlines()[0]}" for label, reason in these.items()]
     return "\n".join(lines)
-
-
-def not_timed(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Rivals that were asked for and never timed, with the last reason."""
-    timed = {name for row in rows for name in row["ratios"]}
-    told = {name: reason for row in rows for name, reason in row["not_timed"].items()}
-    return {name: reason for name, reason in told.items() if name not in timed}
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -242,9 +242,9 @@ def copy(report: Report, size: int, seconds: float, device: str = "cpu") -> None
     source = torch.ones(size // 4, device=device)
     copied = torch.empty_like(source)
     copied.copy_(source)
-    error = check(copied, source, 0.0)
+    assert torch.equal(copied, source), "the copy differs: not timed"
     case = Case("copy", *(1, 1, 1, "float32", "none", 0), extra={"bytes": 2 * size})
-    report.measure(case, lambda: copied.copy_(source), {}, error, seconds)
+    report.measure(case, lambda: copied.copy_(source), {}, 0.0, seconds)
 
 
 def projection(report: Report, seconds: float, transposed: bool, device: str = "cpu", calls: int = 1) -> None:

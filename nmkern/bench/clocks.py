@@ -1,9 +1,8 @@
 """The two clocks: the host's, and a CUDA device's events around replayed graphs.
 
 Both call the variants in turn, ours and its rivals, so that drift of the machine hits all alike, and
-return the seconds of a call in each of those interleaved rounds. A variant that takes many times as long
-as the shortest sits most rounds out, or the others would hardly be timed. All else about a measurement
-(what, checked how, written where) is in ``harness`` and the same for both.
+return the seconds of a call in each of those interleaved rounds. All else about a measurement (what,
+checked how, written where) is in ``harness`` and the same for both.
 """
 
 import contextlib
@@ -28,8 +27,6 @@ Samples = NDArray[np.float64]
 _LEAST = 7  # rounds that every variant is in, and
 _LEAST_LONG = 3  # where a round takes longer than the time for all
 _PAUSE = 0.05  # seconds until the threads of another library sleep, or ours
-# A variant is left out of rounds once it takes this many times as long as the shortest one.
-_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,11 @@ class Eager:
 
 @dataclass(frozen=True)
 class Apart(Eager):
-    """A call of a library with threads of its own, which spin for a while once they have worked.
+    """A call that leaves the processor's threads in another state than ours does.
 
-    Without a pause NumPy's BLAS made the next call of ours take 3.7 ms instead of 0.08 (two cores).
+    Libraries with threads of their own, which spin for a while once they have worked: without a pause
+    NumPy's BLAS made the next call of ours take 3.7 ms instead of 0.08 (two cores). And long work of one
+    thread, after which ours have to wake up.
     """
 
 
@@ -60,12 +59,6 @@ def repeated(call: Call, times: int) -> Call:
     return run
 
 
-def strides_of(first: Mapping[str, float]) -> dict[str, int]:
-    """In one of how many rounds each variant takes part, from the seconds of its first call."""
-    shortest = max(min(first.values()), 1e-6)
-    return {name: max(1, int(seconds / (_SHARE * shortest))) for name, seconds in first.items()}
-
-
 class HostClock:
     """Wall time on the host. ``settle`` waits for what the calls left running, outside of the time."""
 
@@ -75,38 +68,39 @@ class HostClock:
     def time(self, variants: Mapping[str, Call], seconds: float, calls: int = 1) -> dict[str, Samples]:
         """Seconds of a call of each variant, one a round, for about ``seconds`` in all.
 
-        Each is in 7 rounds at least, or in 3 where one round is longer than ``seconds``.
+        Each is in 7 rounds at least, or in 3 where one round is longer than ``seconds``. Those that are
+        ``Apart`` come after the others, each on its own, for as long as the others had each.
         """
         plays = {name: repeated(call, calls) for name, call in variants.items()}
-        # Last in a round: what comes after one of these needs a pause and a call that is not timed.
-        apart = {name: isinstance(call, Apart) for name, call in variants.items()}
-        plays = dict(sorted(plays.items(), key=lambda item: apart[item[0]]))
+        together = {name: play for name, play in plays.items() if not isinstance(variants[name], Apart)}
+        samples = self._rounds(together, seconds)
+        for name, play in plays.items():
+            if name not in together:
+                time.sleep(_PAUSE)  # our threads spin too
+                samples |= self._rounds({name: play}, seconds / len(together))
+        if len(together) < len(plays):
+            time.sleep(_PAUSE)
+        return {name: np.array(samples[name]) / calls for name in plays}
+
+    def _rounds(self, plays: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
         for play in plays.values():
             play()
-        first = {name: self._timed(play, apart[name]) for name, play in plays.items()}
-        least = _LEAST if sum(first.values()) < seconds else _LEAST_LONG
-        strides = strides_of({name: spent + 2 * _PAUSE * apart[name] for name, spent in first.items()})
+        start = time.perf_counter()
+        for play in plays.values():
+            play()
+        least = _LEAST if time.perf_counter() - start < seconds else _LEAST_LONG
         samples: dict[str, list[float]] = {name: [] for name in plays}
         end = time.perf_counter() + seconds
         rounds = 0
-        rested = True
-        while time.perf_counter() < end or min(map(len, samples.values())) < least:
+        while rounds < least or time.perf_counter() < end:
             for name, play in plays.items():
-                if rounds % strides[name] == 0:
-                    samples[name].append(self._timed(play, rested or apart[name]))
-                    rested = apart[name]
+                self.settle()
+                start = time.perf_counter()
+                play()
+                samples[name].append(time.perf_counter() - start)
             rounds += 1
         self.settle()
-        return {name: np.array(found) / calls for name, found in samples.items()}
-
-    def _timed(self, play: Call, after_pause: bool = False) -> float:
-        if after_pause:
-            time.sleep(_PAUSE)
-            play()
-        self.settle()
-        start = time.perf_counter()
-        play()
-        return time.perf_counter() - start
+        return samples
 
     def peak_bytes(self, call: Call) -> int:
         """The most that PyTorch's allocator held during ``call`` beyond what it held before."""

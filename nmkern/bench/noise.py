@@ -42,7 +42,7 @@ def _bootstrap(samples, statistic) -> Interval:
         statistic,
         n_resamples=_RESAMPLES,
         vectorized=True,
-        paired=False,  # a slow rival is in fewer rounds than we are
+        paired=False,  # some rivals are timed apart, in fewer rounds
         method="percentile",
         rng=np.random.default_rng(_SEED),
     ).confidence_interval

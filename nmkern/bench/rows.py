@@ -61,6 +61,13 @@ def ours_interval_of(row: Row) -> noise.Interval:
     return low, high
 
 
+def not_timed(rows: list[Row]) -> dict[str, str]:
+    """Rivals that were asked for and never timed, with the last reason."""
+    timed = {name for row in rows for name in row["ratios"]}
+    told = {name: reason for row in rows for name, reason in row["not_timed"].items()}
+    return {name: reason for name, reason in told.items() if name not in timed}
+
+
 def _union(intervals: list[noise.Interval]) -> noise.Interval:
     lows, highs = zip(*intervals, strict=True)
     return min(lows), max(highs)

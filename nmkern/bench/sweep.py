@@ -121,7 +121,7 @@ class Sweep:
         if self.against is None or rivals.VERA in self.against:
             if self.device != "cpu":
                 return {rivals.VERA: "refused: measured on the CPU only"}
-            if reason := rivals.needs("peft", package="peft")(self.device):
+            if reason := rivals.vera_missing():
                 return {rivals.VERA: f"missing: {reason}"}
         return {}
 

@@ -10,7 +10,7 @@ from nmkern.bench.clocks import Call
 from nmkern.bench.rivals import quantized, regenerated, stored
 from nmkern.bench.rivals.base import Operands, RefusedError, Rival, check, gate, in_turn, needs
 
-__all__ = ["RIVALS", "VERA", "Operands", "Rival", "check", "in_turn", "names_of", "prepare"]
+__all__ = ["RIVALS", "VERA", "Operands", "Rival", "check", "in_turn", "names_of", "prepare", "vera_missing"]
 
 # PEFT's layer is no product with one matrix, so that it has a case of its own.
 VERA = "vera"
@@ -74,6 +74,11 @@ _RIVALS = (
     ),
 )
 RIVALS = {rival.name: rival for rival in _RIVALS}
+
+
+def vera_missing() -> str | None:
+    """Why PEFT's layer cannot be measured; None where it can."""
+    return needs("peft", package="peft")("cpu")
 
 
 def names_of(family: str, names: Iterable[str] | None = None) -> list[str]:

@@ -75,7 +75,7 @@ def marlin(operands: Operands) -> Product:
         groups = weight.view(n, k // _GROUP, _GROUP)
         scales = groups.abs().amax(2) / 7  # symmetric: -8..7 times the scale
         levels = (groups / scales[..., None]).round().clamp(-8, 7)
-        layer = library.Layer(k, n, groupsize=_GROUP).to("cuda")
+        layer = library.Layer(k, n, groupsize=_GROUP).to(weight.device)
         layer.pack(_linear((levels * scales[..., None]).view(n, k)), scales)
         layers.append(layer)
     turn = in_turn(layers)

@@ -29,7 +29,7 @@ def torch_generator(operands: Operands) -> Product:
             return F.linear(x, kept.normal_(generator=numbers))
         return F.linear(x, kept.uniform_(-1, 1, generator=numbers))
 
-    return Product(function, operands.inputs, kind=Eager)
+    return Product(function, operands.inputs, kind=Apart)
 
 
 def numpy_philox(operands: Operands) -> Product:

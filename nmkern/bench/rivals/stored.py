@@ -2,6 +2,8 @@
 scikit-learn's projections.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's users know
@@ -30,7 +32,9 @@ def compiled(operands: Operands) -> Product:
 
 
 def csr(operands: Operands) -> Product:
-    weights = in_turn([weight.to_sparse_csr() for weight in operands.stored()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        weights = in_turn([weight.to_sparse_csr() for weight in operands.stored()])
     return Product(lambda x: (next(weights) @ x.T).T, operands.inputs, kind=Eager)
 
 

@@ -1,0 +1,147 @@
+"""Measured rows as a table: for the terminal, and for table.txt."""
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from nmkern.bench import noise
+from nmkern.bench.compare import Verdict
+from nmkern.bench.plan import Outcome
+from nmkern.bench.rows import Row, not_timed
+
+_WIDE = 200
+
+
+def tabulate(rows: list[Row]) -> Table:
+    """A line a case: our time, rate and peak, and how many times our time each rival takes."""
+    rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    table = Table(
+        title=heading(rows[0]), title_justify="left", caption=_caption(rows), caption_justify="left"
+    )
+    for name, justify in (("case", "left"), ("M", "right"), ("K -> N", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("ms", "20 - 80 %", "Gw/s", "peak KiB", *rivals):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row["name"] != "copy":
+            table.add_row(*_cells(row, rivals))
+    return table
+
+
+def _cells(row: Row, rivals: list[str]) -> list[str]:
+    seconds = row["seconds"]["ours"]
+    cells = [f"{row['name']}, {row['dtype']}, {row['family']}", str(row["m"]), f"{row['k']} -> {row['n']}"]
+    cells += [f"{1e3 * seconds['median']:.4g}", f"{1e3 * seconds['p20']:.4g} - {1e3 * seconds['p80']:.4g}"]
+    cells += [f"{row['weights_per_second'] / 1e9:.3g}", f"{row['peak_bytes'] / 1024:.0f}"]
+    for name in rivals:
+        ratio = row["ratios"].get(name)
+        if ratio is None:
+            cells.append("-")
+            continue
+        mark = "*" if name in row["own_weights"] else ""
+        cells.append(f"{'~' if name in row['noisy'] else ''}{ratio:.3g}x{mark}")
+    return cells
+
+
+def heading(row: Row) -> str:
+    """The machine and versions of a row."""
+    where = row.get("gpu") or f"{row['threads']} threads of {row['cpu']}"
+    versions = row["versions"]
+    return (
+        f"{row['kernel']} on {where}, torch {versions['torch']}, nmkern {versions['nmkern']} "
+        f"(commit {row['commit']}), {row['date']}"
+    )
+
+
+def _caption(rows: list[Row]) -> str:
+    """What the marks mean, who is missing and why, and whether the machine was quiet."""
+    lines = [
+        "A rival's column is its time over ours: above 1 ours is faster. Medians; checked before timing."
+    ]
+    if any(row["own_weights"] for row in rows):
+        lines.append("* multiplies by random weights of its own, and was checked against those")
+    copies = [row for row in rows if row["name"] == "copy"]
+    for row in copies:
+        rate = row["extra"]["bytes"] / row["seconds"]["ours"]["median"] / 1e9
+        lines.append(f"copying memory: {rate:.1f} GB/s read and written")
+    lines += [f"{name}: {reason}" for name, reason in not_timed(rows).items()]
+    return "\n".join([*lines, noise_line(rows)])
+
+
+def noise_line(rows: list[Row]) -> str:
+    """Whether the figures can be expected again."""
+    noisy = [row for row in rows if row["noisy"]]
+    load = max(row["load"] for row in rows)
+    if not noisy:
+        return f"The machine was quiet: all ratios are known within {noise.HALF_WIDTH:.0%}."
+    return (
+        f"The machine was noisy in {len(noisy)} of {len(rows)} rows: ratios with ~ are known to no better "
+        f"than {noise.HALF_WIDTH:.0%} (others took up to {load:.0%} of the processor)."
+    )
+
+
+def huge_lines(rows: list[Row]) -> list[str]:
+    """Predicted and measured time of layers that do not fit."""
+    lines = []
+    for row in rows:
+        if row["name"] == "linear, huge":
+            stored, memory = (row["extra"][key] / 2**20 for key in ("stored_bytes", "memory_bytes"))
+            predicted, measured = row["extra"]["predicted_seconds"], row["seconds"]["ours"]["median"]
+            told = "nothing" if predicted is None else f"{1e3 * predicted:.4g} ms"
+            lines.append(
+                f"{row['k']} x {row['n']} at M = {row['m']} ({stored:.1f} MiB stored, memory {memory:.1f} "
+                f"MiB): predicted {told}, measured {1e3 * measured:.4g} ms"
+            )
+    return lines
+
+
+def problems(outcome: Outcome, missing: Mapping[str, str], total: int) -> str:
+    """What failed, a line each, and how many rows of all passes were not measured."""
+    lines = [f"{name}: {reason}" for name, reason in missing.items()]
+    lines += [f"failed: {label}: {' '.join(reason.split())}" for label, reason in outcome.failed.items()]
+    reasons = Counter(outcome.left.values())
+    lines += [f"not measured: {count} of {total} rows: {reason}" for reason, count in reasons.items()]
+    return "\n".join(lines)
+
+
+def comparison(verdicts: list[Verdict], old: list[Row], new: list[Row]) -> Table:
+    """What ``--compare`` prints; rows that changed beyond noise come first."""
+    table = Table(
+        title=f"against rows of commit {old[0]['commit']}, {old[0]['date']}",
+        title_justify="left",
+        caption=_differences(old[0], new[0]),
+        caption_justify="left",
+    )
+    for name in ("case", "old ms", "new ms", "relative to", "change", "verdict"):
+        table.add_column(name, justify="left" if name in ("case", "relative to", "verdict") else "right")
+    for verdict in sorted(verdicts, key=lambda v: (not v.slower, not v.faster)):
+        words = "slower" if verdict.slower else "faster" if verdict.faster else "within noise"
+        table.add_row(
+            verdict.label,
+            f"{1e3 * verdict.old_seconds:.4g}",
+            f"{1e3 * verdict.new_seconds:.4g}",
+            verdict.control or "itself",
+            f"{100 * (verdict.change - 1):+.1f} %",
+            words + (" (noisy)" if verdict.noisy else ""),
+        )
+    return table
+
+
+def _differences(old: Row, new: Row) -> str:
+    """Versions and kernels that are not the same."""
+    before, after = ({**row["versions"], "kernel": row["kernel"]} for row in (old, new))
+    differing = [f"{k} {before.get(k)} -> {after[k]}" for k in after if before.get(k) != after[k]]
+    slower = "Slower: our time grew by more than 10 % beyond the rival's, and the intervals do not overlap."
+    return "\n".join([slower, *([f"other versions: {', '.join(differing)}"] if differing else [])])
+
+
+def to_text(*parts: Table | str) -> str:
+    """The parts as plain text of one width, for a file."""
+    file = io.StringIO()
+    console = Console(width=_WIDE, color_system=None, file=file)
+    for part in parts:
+        console.print(part, highlight=False, markup=False)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
