@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from nmkern import __version__
-from nmkern.cli import bench, evaluate, info, train
+from nmkern.cli import bench, evaluate, info, memory, train
 from nmkern.cli.usage import UserError
 
 _TRAIN_PACKAGES = ("matplotlib", "psutil", "rich", "safetensors", "sklearn", "scipy")
@@ -21,6 +21,7 @@ examples:
   nmkern train                  learn 36 rotations of handwritten digits, one after the other
   nmkern eval runs/rotated      load what was learned and re-test every task
   nmkern bench --quick          layers against stored weights, on this machine, in a minute
+  nmkern memory flynet          every byte of the paper's network, beside stored weights
   nmkern info                   which kernels run on this machine, and why others do not
 
 `nmkern COMMAND --help` explains the options of a command.
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nmkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (train, evaluate, bench, info):
+    for command in (train, evaluate, bench, memory, info):
         command.add_parser(commands)
     return parser
 
