@@ -7,6 +7,7 @@ clock a call is captured in a graph, unless the reference serves it, which looks
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -104,19 +105,26 @@ def check_slices(y: Tensor, x: Tensor, slices: list[tuple[slice, Tensor]], bound
     return max(check(y[:, place], x.double() @ weights.T, bound) for place, weights in slices)
 
 
-def product(
-    report: Report,
+@dataclass(frozen=True)
+class Ready:
+    """A checked case: ``error`` is ours, rivals that did not pass are in ``case.not_timed``."""
+
+    case: Case
+    ours: Call
+    rivals: dict[str, Call]
+    error: float
+
+
+def prepare(
     layer: Layer,
     m: int,
     dtype: torch.dtype,
     transposed: bool,
-    seconds: float,
-    target: float | None = None,
-    calls: int = 1,
     against: Iterable[str] | None = ("stored",),
+    target: float | None = None,
     targets: Mapping[str, float] | None = None,
-) -> dict[str, float]:
-    """One product, with W or its transpose, against rivals by name (None: all of the family)."""
+) -> Ready:
+    """One product, with W or its transpose, and rivals by name (None: all of the family), all checked."""
     matrix = layer.matrix.T if transposed else layer.matrix
     sparse = matrix.family == "sparse"
     multiply = sparse_project if sparse else modulated_linear
@@ -132,7 +140,6 @@ def product(
     )
     prepared, not_timed, own = rivals.prepare(rivals.names_of(matrix.family, against), operands)
     inputs = in_turn(operands.inputs)
-    del operands, y
     name = "projection" if sparse else "linear"
     backend = explain(matrix, dtype, layer.device).backend
     case = Case(
@@ -144,7 +151,24 @@ def product(
         own,
     )
     ours = served(lambda: multiply(next(inputs), matrix), backend)
-    return report.measure(case, ours, prepared, error, seconds, calls)
+    return Ready(case, ours, prepared, error)
+
+
+def product(
+    report: Report,
+    layer: Layer,
+    m: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    seconds: float,
+    target: float | None = None,
+    calls: int = 1,
+    against: Iterable[str] | None = ("stored",),
+    targets: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """``prepare`` a product and measure it; the ratios."""
+    ready = prepare(layer, m, dtype, transposed, against, target, targets)
+    return report.measure(ready.case, ready.ours, ready.rivals, ready.error, seconds, calls)
 
 
 def weights_of(matrix: RandomMatrix) -> int:

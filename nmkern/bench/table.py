@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -12,30 +13,39 @@ from nmkern.bench.compare import Verdict
 from nmkern.bench.plan import Outcome
 from nmkern.bench.rows import Row, not_timed
 
-_WIDE = 200
+WIDE = 120
 
 
-def tabulate(rows: list[Row]) -> Table:
-    """A line a case: our time, rate and peak, and how many times our time each rival takes."""
-    rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
-    table = Table(
-        title=heading(rows[0]), title_justify="left", caption=_caption(rows), caption_justify="left"
-    )
-    for name, justify in (("case", "left"), ("M", "right"), ("K -> N", "left")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for name in ("ms", "20 - 80 %", "Gw/s", "peak KiB", *rivals):
-        table.add_column(name, justify="right", no_wrap=True)
+def tables(rows: list[Row], wide: bool = True) -> list[Table | str]:
+    """The machine, a table for each layer and way with a line for each M, and what the marks mean.
+
+    ``wide``: with percentiles and peaks, some 100 columns; without, they fit into 80.
+    """
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["name"] != "copy":
-            table.add_row(*_cells(row, rivals))
+            groups.setdefault("{name}, {dtype}, {family}, {k} -> {n}".format(**row), []).append(row)
+    return [heading(rows[0]), *(_table(title, some, wide) for title, some in groups.items()), _caption(rows)]
+
+
+def _table(title: str, rows: list[Row], wide: bool) -> Table:
+    """Our time, rate and peak, and how many times our time each rival takes."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rivals = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    for name in ("M", "ms", *(("20 - 80 %", "peak KiB") if wide else ()), "Gw/s", *rivals):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row, rivals, wide))
     return table
 
 
-def _cells(row: Row, rivals: list[str]) -> list[str]:
+def _cells(row: Row, rivals: list[str], wide: bool) -> list[str]:
     seconds = row["seconds"]["ours"]
-    cells = [f"{row['name']}, {row['dtype']}, {row['family']}", str(row["m"]), f"{row['k']} -> {row['n']}"]
-    cells += [f"{1e3 * seconds['median']:.4g}", f"{1e3 * seconds['p20']:.4g} - {1e3 * seconds['p80']:.4g}"]
-    cells += [f"{row['weights_per_second'] / 1e9:.3g}", f"{row['peak_bytes'] / 1024:.0f}"]
+    cells = [str(row["m"]), f"{1e3 * seconds['median']:.3g}"]
+    if wide:
+        cells += [f"{1e3 * seconds['p20']:.3g} - {1e3 * seconds['p80']:.3g}"]
+        cells += [f"{row['peak_bytes'] / 1024:.0f}"]
+    cells += [f"{row['weights_per_second'] / 1e9:.3g}"]
     for name in rivals:
         ratio = row["ratios"].get(name)
         if ratio is None:
@@ -98,13 +108,13 @@ def huge_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
-def problems(outcome: Outcome, missing: Mapping[str, str], total: int) -> str:
+def problems(outcome: Outcome, missing: Mapping[str, str], total: int) -> list[str]:
     """What failed, a line each, and how many rows of all passes were not measured."""
     lines = [f"{name}: {reason}" for name, reason in missing.items()]
     lines += [f"failed: {label}: {' '.join(reason.split())}" for label, reason in outcome.failed.items()]
     reasons = Counter(outcome.left.values())
     lines += [f"not measured: {count} of {total} rows: {reason}" for reason, count in reasons.items()]
-    return "\n".join(lines)
+    return lines
 
 
 def comparison(verdicts: list[Verdict], old: list[Row], new: list[Row]) -> Table:
@@ -119,13 +129,15 @@ def comparison(verdicts: list[Verdict], old: list[Row], new: list[Row]) -> Table
         table.add_column(name, justify="left" if name in ("case", "relative to", "verdict") else "right")
     for verdict in sorted(verdicts, key=lambda v: (not v.slower, not v.faster)):
         words = "slower" if verdict.slower else "faster" if verdict.faster else "within noise"
+        if verdict.noisy and not verdict.beyond_noise:
+            words = "cannot tell, too noisy"
         table.add_row(
             verdict.label,
             f"{1e3 * verdict.old_seconds:.4g}",
             f"{1e3 * verdict.new_seconds:.4g}",
             verdict.control or "itself",
             f"{100 * (verdict.change - 1):+.1f} %",
-            words + (" (noisy)" if verdict.noisy else ""),
+            words,
         )
     return table
 
@@ -141,7 +153,7 @@ def _differences(old: Row, new: Row) -> str:
 def to_text(*parts: Table | str) -> str:
     """The parts as plain text of one width, for a file."""
     file = io.StringIO()
-    console = Console(width=_WIDE, color_system=None, file=file)
+    console = Console(width=WIDE, color_system=None, file=file)
     for part in parts:
         console.print(part, highlight=False, markup=False)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"

@@ -9,16 +9,24 @@ was measured before an interruption is reported.
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nmkern.cli.usage import check_device, positive_int, user_errors
 
+if TYPE_CHECKING:
+    from nmkern.bench.huge import Huge
+    from nmkern.bench.plan import Outcome
+    from nmkern.bench.rows import Row
+    from nmkern.bench.sweep import Sweep
+
 _WAYS = ("forward", "backward", "training")
 _DTYPES = ("float32", "bfloat16", "float16")
 _FAMILIES = ("uniform", "normal", "rademacher", "sparse")
 SECONDS, QUICK = (0.4, 3), (0.12, 2)  # of a case in a pass, and passes
+_AXES = ("m", "k", "n", "dtype", "family", "way")
+_ROWS = "rows.jsonl"
 _QUICK_SECONDS = 45  # for all rows; the rest of the minute is for loading, table and pictures
 
 _DESCRIPTION = """\
@@ -88,60 +96,65 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from nmkern.bench import compare, rows, table
+    from nmkern.bench import compare, figures, rows
     from nmkern.bench.clocks import CudaClock, HostClock
-    from nmkern.bench.figures import save_figures
     from nmkern.bench.harness import Report
     from nmkern.bench.plan import Outcome, follow
     from nmkern.cli.progress import rows_with_bar
 
     if args.against == ["list"]:
         return _list_rivals()
+    cuda = args.device.startswith("cuda")
     with user_errors():
         check_device(args.device)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        if args.device.startswith("cuda"):
+        if cuda:
             torch.cuda.set_device(args.device)
-        clock = CudaClock() if args.device.startswith("cuda") else HostClock()
+        clock = CudaClock() if cuda else HostClock()
         old = None
         if args.compare is not None:
             old = rows.read(args.compare)
             compare.require_same_machine(old, clock.machine())
-        sweep = _sweep(args, old)
+        work = _work(args, old)
         args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / "rows.jsonl"
-        path.unlink(missing_ok=True)  # an earlier run's
-        for name in ("time.png", "rate.png", "speedup.png"):
-            (args.out / name).unlink(missing_ok=True)
-    console, outcome = Console(), Outcome()
-    report = Report(path, clock, tell=lambda text: None)
+        for name in (_ROWS, figures.TIME, figures.RATE, figures.SPEEDUP):
+            (args.out / name).unlink(missing_ok=True)  # an earlier run's
+    report, outcome = Report(args.out / _ROWS, clock, tell=lambda text: None), Outcome()
     deadline = time.monotonic() + _QUICK_SECONDS if args.quick else float("inf")
-    settle = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+    settle = torch.cuda.synchronize if cuda else lambda: None
     try:
-        follow(
-            rows_with_bar(sweep.rows(report), len(sweep)), report, deadline, settle=settle, outcome=outcome
-        )
+        plan = rows_with_bar(work.rows(report), len(work))
+        follow(plan, report, deadline, settle=settle, outcome=outcome)
     finally:
         found = rows.merged(report.rows)
-        parts: list[Any] = []
-        if found:
-            parts.append(table.tabulate(found))
-            save_figures(args.out, found)
-            parts += table.huge_lines(found)
-        parts += [table.problems(outcome, sweep.missing(), len(sweep))]
-        (args.out / "table.txt").write_text(table.to_text(*parts), encoding="utf-8")
-        for part in parts:
-            console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
-    slower = False
-    if old is not None:
-        verdicts = compare.compare(old, found)
-        slower = any(verdict.slower for verdict in verdicts)
-        console.print(table.comparison(verdicts, old, found), highlight=False)
-    console.print(f"rows, table and pictures are in {args.out}", soft_wrap=True, highlight=False)
+        slower = _show(args.out, found, old, outcome, work)
     return 1 if slower or outcome.failed or not found else 0
+
+
+def _show(
+    directory: Path, found: "list[Row]", old: "list[Row] | None", outcome: "Outcome", work: "Sweep | Huge"
+) -> bool:
+    """Print and write all that was measured; whether something got slower than in the old rows."""
+    from rich.console import Console
+
+    from nmkern.bench import compare, figures, rows, table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=table.WIDE)
+    end: list[Any] = [*table.huge_lines(found), *table.problems(outcome, work.missing(), len(work))]
+    verdicts = []
+    if old is not None and {rows.key_of(row) for row in old} & {rows.key_of(row) for row in found}:
+        verdicts = compare.compare(old, found)
+        end.append(table.comparison(verdicts, old, found))
+    start = [table.tables(found, wide) if found else [] for wide in (True, console.width >= table.WIDE)]
+    (directory / "table.txt").write_text(table.to_text(*start[0], *end), encoding="utf-8")
+    figures.save_figures(directory, found)
+    for part in (*start[1], *end):
+        console.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str))
+    console.print(f"rows, table and pictures are in {directory}", soft_wrap=True, highlight=False)
+    return any(verdict.slower for verdict in verdicts)
 
 
 def _list_rivals() -> int:
@@ -155,9 +168,9 @@ def _list_rivals() -> int:
     return 0
 
 
-def _sweep(args: argparse.Namespace, old: "list[dict[str, Any]] | None"):
-    """The sweep of the options; of the old rows where no option names cases. Raises ValueError."""
-    from nmkern.bench import rivals
+def _work(args: argparse.Namespace, old: "list[Row] | None") -> "Sweep | Huge":
+    """What the options ask for; the cases of the old rows where no option names any. Raises ValueError."""
+    from nmkern.bench import rivals, rows
     from nmkern.bench.huge import Huge
     from nmkern.bench.sweep import Sweep, cells_of, grid
 
@@ -165,16 +178,12 @@ def _sweep(args: argparse.Namespace, old: "list[dict[str, Any]] | None"):
     for name in args.against or ():
         if name not in known:
             raise ValueError(f"--against: expected some of {', '.join(known)}, got {name!r}")
-    axes = ("m", "k", "n", "dtype", "family", "way")
     seconds, passes = QUICK if args.quick else SECONDS
-    calls = 4 if args.device.startswith("cuda") else 1
+    device = args.device.partition(":")[0]
     if args.huge:
-        return Huge(args.device.partition(":")[0], args.m or [1, 4, 16], seconds)
-    if old is not None and all(getattr(args, axis) is None for axis in axes):
+        return Huge(device, args.m or [1, 4, 16], seconds)
+    if old is not None and all(getattr(args, axis) is None for axis in _AXES):
         cells = cells_of(old)
-        told = args.compare
-        if not cells:
-            raise ValueError(f"{told}: expected at least one row of a sweep, got none")
     else:
         cells = grid(
             args.m or ([1, 4, 16, 64] if args.quick else [1, 4, 16, 64, 256]),
@@ -186,18 +195,15 @@ def _sweep(args: argparse.Namespace, old: "list[dict[str, Any]] | None"):
         )
         if not cells:
             raise ValueError("--way: the sparse family has no training step of its own, got 'training' alone")
-    if old is not None and not {cell.key for cell in cells} & {tuple(row[k] for k in _KEY) for row in old}:
+    if old is not None and not {cell.key for cell in cells} & {rows.key_of(row) for row in old}:
         raise ValueError(f"{args.compare}: expected a case that these options measure too, got none")
     return Sweep(
         cells,
         args.against,
-        args.device.partition(":")[0],
+        device,
         seconds,
         passes,
         args.fan_in,
-        calls,
-        2**28 // (4 if args.quick else 1),
+        calls=4 if device == "cuda" else 1,
+        copied=2**26 if args.quick else 2**28,
     )
-
-
-_KEY = ("name", "m", "k", "n", "dtype", "family")
