@@ -186,7 +186,7 @@ def _work(args: argparse.Namespace, old: "list[Row] | None") -> "Sweep | Huge":
         cells = cells_of(old)
     else:
         cells = grid(
-            args.m or ([1, 4, 16, 64] if args.quick else [1, 4, 16, 64, 256]),
+            args.m or ([1, 8, 64] if args.quick else [1, 4, 16, 64, 256]),
             args.k or ([512, 2048] if args.quick else [1024, 4096, 8192]),
             args.n,
             args.dtype or (["float32"] if args.quick else ["float32", "bfloat16"]),
