@@ -7,7 +7,8 @@ where and from what it was measured, and a row is on disk before the next one be
 
 A row is the case, then ``seconds`` of a call by variant (median, p20, p80), ``ratios`` and their 95 %
 ``intervals`` by rival, ``ours_interval`` in seconds, ``load`` (the share of the processor that others took),
-``noisy`` (the rivals whose ratio is known to no better than 5 %, and "machine" where load exceeds a tenth),
+``noisy`` (rivals whose ratio is known to no better than 5 %, "ours" for our time where there is no rival,
+"machine" where load exceeds a tenth),
 ``weights_per_second``, ``peak_bytes``, ``relative_error``, commit, date, machine and versions.
 """
 
@@ -123,16 +124,15 @@ class Report:
         mine = samples.pop("ours")
         ratios = {name: medians[name] / medians["ours"] for name in samples}
         intervals = {name: noise.ratio_interval(mine, found) for name, found in samples.items()}
-        noisy = [
-            name for name in ratios if noise.half_width(ratios[name], intervals[name]) > noise.HALF_WIDTH
-        ]
+        ours_interval = noise.median_interval(mine)
+        noisy = noise.noisy_names(medians["ours"], ours_interval, ratios, intervals)
         self.write(
             {
                 **asdict(case),
                 "seconds": {name: _summary(found) for name, found in {"ours": mine, **samples}.items()},
                 "ratios": ratios,
                 "intervals": intervals,
-                "ours_interval": noise.median_interval(mine),
+                "ours_interval": ours_interval,
                 "load": foreign,
                 "noisy": [*noisy, *(["machine"] if foreign > noise.FOREIGN_LOAD else [])],
                 "weights_per_second": case.weights / medians["ours"],

@@ -54,6 +54,16 @@ def half_width(ratio: float, interval: Interval) -> float:
     return max(interval[1] - ratio, ratio - interval[0]) / ratio
 
 
+def noisy_names(
+    ours: float, ours_interval: Interval, ratios: dict[str, float], intervals: dict[str, Interval]
+) -> list[str]:
+    """The rivals whose ratio is not known within 5 %; without rivals "ours", if our time is not."""
+    known = {name: (ratio, intervals[name]) for name, ratio in ratios.items()} or {
+        "ours": (ours, ours_interval)
+    }
+    return [name for name, figure in known.items() if half_width(*figure) > HALF_WIDTH]
+
+
 class Load:
     """The share of all cores that other processes, or other guests of the host, took since it was made."""
 

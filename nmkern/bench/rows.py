@@ -87,7 +87,8 @@ def _merge(group: list[Row]) -> Row:
         those = [row for row in group if name in row["ratios"]]
         ratios[name] = median(row["ratios"][name] for row in those)
         intervals[name] = _union([interval_of(row, name) for row in those])
-    noisy = [n for n, ratio in ratios.items() if noise.half_width(ratio, intervals[n]) > noise.HALF_WIDTH]
+    ours_interval = _union([ours_interval_of(row) for row in group])
+    noisy = noise.noisy_names(seconds["ours"]["median"], ours_interval, ratios, intervals)
     if any("machine" in row.get("noisy", ()) for row in group):
         noisy.append("machine")
     return {
@@ -95,7 +96,7 @@ def _merge(group: list[Row]) -> Row:
         "seconds": seconds,
         "ratios": ratios,
         "intervals": intervals,
-        "ours_interval": _union([ours_interval_of(row) for row in group]),
+        "ours_interval": ours_interval,
         "noisy": noisy,
         "weights_per_second": last["weights"] / seconds["ours"]["median"],
         "passes": len(group),

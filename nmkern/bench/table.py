@@ -41,9 +41,9 @@ def _table(title: str, rows: list[Row], wide: bool) -> Table:
 
 def _cells(row: Row, rivals: list[str], wide: bool) -> list[str]:
     seconds = row["seconds"]["ours"]
-    cells = [str(row["m"]), f"{1e3 * seconds['median']:.3g}"]
+    cells = [str(row["m"]), f"{'~' if 'ours' in row['noisy'] else ''}{figure(1e3 * seconds['median'])}"]
     if wide:
-        cells += [f"{1e3 * seconds['p20']:.3g} - {1e3 * seconds['p80']:.3g}"]
+        cells += [f"{figure(1e3 * seconds['p20'])} - {figure(1e3 * seconds['p80'])}"]
         cells += [f"{row['peak_bytes'] / 1024:.0f}"]
     cells += [f"{row['weights_per_second'] / 1e9:.3g}"]
     for name in rivals:
@@ -52,8 +52,13 @@ def _cells(row: Row, rivals: list[str], wide: bool) -> list[str]:
             cells.append("-")
             continue
         mark = "*" if name in row["own_weights"] else ""
-        cells.append(f"{'~' if name in row['noisy'] else ''}{ratio:.3g}x{mark}")
+        cells.append(f"{'~' if name in row['noisy'] else ''}{figure(ratio)}x{mark}")
     return cells
+
+
+def figure(value: float) -> str:
+    """Three digits, and never an exponent from a thousand on."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def heading(row: Row) -> str:
@@ -86,9 +91,9 @@ def noise_line(rows: list[Row]) -> str:
     noisy = [row for row in rows if row["noisy"]]
     load = max(row["load"] for row in rows)
     if not noisy:
-        return f"The machine was quiet: all ratios are known within {noise.HALF_WIDTH:.0%}."
+        return f"The machine was quiet: all figures are known within {noise.HALF_WIDTH:.0%}."
     return (
-        f"The machine was noisy in {len(noisy)} of {len(rows)} rows: ratios with ~ are known to no better "
+        f"The machine was noisy in {len(noisy)} of {len(rows)} rows: figures with ~ are known to no better "
         f"than {noise.HALF_WIDTH:.0%} (others took up to {load:.0%} of the processor)."
     )
 
@@ -100,10 +105,10 @@ def huge_lines(rows: list[Row]) -> list[str]:
         if row["name"] == "linear, huge":
             stored, memory = (row["extra"][key] / 2**20 for key in ("stored_bytes", "memory_bytes"))
             predicted, measured = row["extra"]["predicted_seconds"], row["seconds"]["ours"]["median"]
-            told = "nothing" if predicted is None else f"{1e3 * predicted:.4g} ms"
+            told = "nothing" if predicted is None else f"{figure(1e3 * predicted)} ms"
             lines.append(
                 f"{row['k']} x {row['n']} at M = {row['m']} ({stored:.1f} MiB stored, memory {memory:.1f} "
-                f"MiB): predicted {told}, measured {1e3 * measured:.4g} ms"
+                f"MiB): predicted {told}, measured {figure(1e3 * measured)} ms"
             )
     return lines
 
@@ -133,8 +138,8 @@ def comparison(verdicts: list[Verdict], old: list[Row], new: list[Row]) -> Table
             words = "cannot tell, too noisy"
         table.add_row(
             verdict.label,
-            f"{1e3 * verdict.old_seconds:.4g}",
-            f"{1e3 * verdict.new_seconds:.4g}",
+            figure(1e3 * verdict.old_seconds),
+            figure(1e3 * verdict.new_seconds),
             verdict.control or "itself",
             f"{100 * (verdict.change - 1):+.1f} %",
             words,

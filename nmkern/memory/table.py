@@ -37,7 +37,7 @@ def bytes_text(count: int | None) -> str:
     return f"{count:.4g} GiB"
 
 
-def _quantities(footprint: Footprint) -> dict[str, int | None]:
+def quantities(footprint: Footprint) -> dict[str, int | None]:
     """Every figure of a footprint by its name in tables."""
     found: dict[str, int | None] = {_CALLED.get(name, name): getattr(footprint, name) for name in _HELD}
     for name in PHASES:
@@ -66,8 +66,8 @@ def total_table(comparison: Comparison, title: str) -> Table:
     table.add_column("bytes")
     for variant in comparison.footprints:
         table.add_column(variant, justify="right")
-    for quantities in (_quantities, _resident):
-        lines = {variant: quantities(found) for variant, found in comparison.footprints.items()}
+    for figures in (quantities, _resident):
+        lines = {variant: figures(found) for variant, found in comparison.footprints.items()}
         for name in next(iter(lines.values())):
             values = [line[name] for line in lines.values()]
             if any(value is not None for value in values):
@@ -126,7 +126,7 @@ def save_figure(path: Path, comparison: Comparison, curve: dict[str, Any] | None
 
 def _bars(ax: Axes, comparison: Comparison) -> None:
     variants = list(comparison.footprints)
-    lines = {variant: _quantities(comparison[variant]) for variant in variants}
+    lines = {variant: quantities(comparison[variant]) for variant in variants}
     names = list(next(iter(lines.values())))
     height = 0.8 / len(variants)
     for index, variant in enumerate(variants):

@@ -14,7 +14,7 @@ TINY = ["--m", 1, 2, "--k", 48, "--n", 32]
 
 @pytest.fixture
 def steady(monkeypatch):
-    """Every variant takes a fixed time; ours is first, and takes what the returned list holds."""
+    """Every variant takes a fixed time; ours is first, and takes what the returned list holds. No pictures."""
     seconds = [1e-3]
 
     def time(self, variants, budget, calls=1):
@@ -25,6 +25,7 @@ def steady(monkeypatch):
 
     monkeypatch.setattr(clocks.HostClock, "time", time)
     monkeypatch.setattr("nmkern.bench.noise.Load.share", lambda self: 0.0)
+    monkeypatch.setattr("nmkern.bench.figures.save_figures", lambda directory, rows: [])
     return seconds
 
 

@@ -65,17 +65,6 @@ def test_a_model_without_contexts_and_with_inputs_of_its_own(tmp_path, here):
     assert record["footprints"]["nmkern"]["parameters"] == 4 * 10
 
 
-@pytest.mark.slow
-def test_flynet_in_processes_of_its_own(tmp_path):
-    assert run("memory", "flynet", "--tasks", 1, 2, "--out", tmp_path) == 0
-    record = json.loads((tmp_path / "memory.json").read_text())
-    ours, stored = (record["footprints"][name] for name in ("nmkern", "stored"))
-    assert (ours["buffers"], stored["buffers"]) == (0, 4 * 7840 * (784 + 10))
-    assert ours["parameters"] == stored["parameters"] == 4 * 7841
-    assert ours["forward"]["allocated"] < 4 * 128 * 7840 < stored["forward"]["allocated"]
-    assert stored["resident"] > ours["resident"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -96,7 +85,6 @@ def test_bad_options_end_with_one_line_and_code_2(tmp_path, capsys, options, mes
     assert not out.exists()
 
 
-def test_inputs_that_do_not_fit_are_told_in_one_line(tmp_path, capsys):
+def test_inputs_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, here):
     assert run("memory", THIS + "small", "--input", "8x31", "--out", tmp_path) == 2
-    error = capsys.readouterr().err
-    assert "ended with 1" in error and "31" in error
+    assert "31" in capsys.readouterr().err.splitlines()[-1]

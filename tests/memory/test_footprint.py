@@ -105,6 +105,16 @@ def test_a_model_that_trains_nothing_has_a_forward_pass_alone():
 
 
 @pytest.mark.slow
+def test_the_papers_network_in_processes_of_its_own():
+    model, inputs = Source("flynet").build()
+    found = footprint(model, inputs)
+    assert (found[OURS].buffers, found[STORED].buffers) == (0, 4 * 7840 * (784 + 10))
+    assert found[OURS].parameters == found[STORED].parameters == 4 * 7841
+    hidden = 4 * 128 * 7840
+    assert found[OURS].forward.allocated < hidden < found[STORED].forward.allocated
+
+
+@pytest.mark.slow
 def test_each_variant_in_a_process_of_its_own():
     size = 2048
     found = footprint(ModulatedLinear(size, size, seed=1), torch.ones(8, size))
