@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from nmkern.bench.rows import Row
 
@@ -24,6 +25,7 @@ TIME, RATE, SPEEDUP = "time.png", "rate.png", "speedup.png"
 _OURS = "#1f5a92"
 _COLORS = ("#d9822b", "#3a7d44", "#8c4f9f", "#b03a3a", "#777777", "#2b9c9c", "#b8952f", "#5b4636")
 _GREY = "#666666"
+_RATE = "weights / second"
 _PRODUCTS = ("linear", "projection", "layer")
 _MOST_ROWS, _MOST_COLUMNS = 6, 4
 
@@ -76,6 +78,8 @@ def _finish(ax: Axes, rows: list[Row], unit: str) -> None:
     batches = sorted({row["m"] for row in rows})
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(EngFormatter(sep="") if unit == _RATE else "{x:g}")
     ax.set_xticks(batches, [f"{m}" for m in batches])
     ax.minorticks_off()
     ax.set_xlabel("M (rows of the batch)", fontsize=9)
@@ -156,7 +160,7 @@ def rate_figure(rows: list[Row], copies: list[Row]) -> Figure:
                 color=_GREY,
             )
         ax.set_title(", ".join(group), fontsize=9)
-        _finish(ax, those, "weights / second")
+        _finish(ax, those, _RATE)
         ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 

@@ -14,7 +14,7 @@ TINY = ["--m", 1, 2, "--k", 48, "--n", 32]
 
 @pytest.fixture
 def steady(monkeypatch):
-    """Every variant takes a fixed time; ours is first, and takes what the returned list holds. No pictures."""
+    """Every variant takes a fixed time, ours what the returned list holds; and no pictures are drawn."""
     seconds = [1e-3]
 
     def time(self, variants, budget, calls=1):
