@@ -20,6 +20,7 @@ from nmkern import environment
 from nmkern.backends.selection import explain
 from nmkern.machine import cpu_model
 from nmkern.matrix import RandomMatrix
+from nmkern.memory.meters import AllocatorMeter
 
 Call = Callable[[], object]
 Samples = NDArray[np.float64]
@@ -105,14 +106,7 @@ class HostClock:
     def peak_bytes(self, call: Call) -> int:
         """The most that PyTorch's allocator held during ``call`` beyond what it held before."""
         call()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            call()
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak
+        return AllocatorMeter("cpu").measure(call).peak
 
     def machine(self) -> dict[str, object]:
         """What a row says of the machine that this clock times."""
@@ -175,12 +169,7 @@ class CudaClock:
     def peak_bytes(self, call: Call) -> int:
         """As ``HostClock.peak_bytes``, from the counters of PyTorch's CUDA allocator."""
         call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return AllocatorMeter("cuda").measure(call).peak
 
     def machine(self) -> dict[str, object]:
         """As ``HostClock.machine``."""

@@ -7,7 +7,9 @@ size, which sees all else; on a CUDA device the counters of PyTorch's allocator 
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +42,16 @@ class AllocatorMeter:
         else:
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-            self._profile.start()
+            with _quiet():
+                self._profile.start()
 
     def stop(self) -> Usage:
         if self.cuda:
             torch.cuda.synchronize()
             peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
             return Usage(peak - self._before, held - self._before)
-        self._profile.stop()
+        with _quiet():
+            self._profile.stop()
         held = peak = 0
         events: Any = self._profile.profiler
         for event in events.kineto_results.events():
@@ -63,6 +67,21 @@ class AllocatorMeter:
         finally:
             usage = self.stop()
         return usage
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps a line of PyTorch 2.13's profiler, which no option silences, off the terminal."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class ResidentMeter:

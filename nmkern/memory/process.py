@@ -55,8 +55,8 @@ def _run(model: Any, **job: Any) -> dict[str, Any]:
         done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
         answer = Path(folder, "answer.json")
         if done.returncode != 0 or not answer.exists():
-            lines = [line for line in done.stderr.splitlines() if not line.startswith("USDT:")]
-            raise RuntimeError(f"the measuring process ended with {done.returncode}: {' '.join(lines[-1:])}")
+            last = " ".join(done.stderr.splitlines()[-1:])
+            raise RuntimeError(f"the measuring process ended with {done.returncode}: {last}")
         return json.loads(answer.read_text())
 
 
