@@ -1,8 +1,9 @@
 """Two files of rows: what got slower beyond noise.
 
-Times of different days are not comparable, ratios to the same rival are: a row got slower where its ratio
-to its first rival that both files timed fell by more than a tenth, and the intervals do not overlap. Rows
-without a rival are compared by their times.
+A machine is not the same from one day to the next: it may be slower as a whole, and then the ratio to a
+rival tells, or its memory may be faster, and then a rival that reads its weights gains and we do not. So
+a row got slower where both hold: our time grew, and the ratio to the first rival that both files timed
+fell, each by more than a tenth and with intervals that do not overlap. Without a rival our time decides.
 """
 
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ def require_same_machine(old: list[Row], new: dict[str, object]) -> None:
 
 
 def compare(old: list[Row], new: list[Row]) -> list[Verdict]:
-    """A verdict for each case that both have; ValueError where there is none."""
-    before = {key_of(row): row for row in old}
+    """A verdict for each case of ours that both have; ValueError where there is none."""
+    before = {key_of(row): row for row in old if row["name"] != "copy"}
     found = [_verdict(before[key_of(row)], row) for row in new if key_of(row) in before]
     if not found:
         raise ValueError("expected a case that both files measured, got none")
@@ -53,15 +54,30 @@ def compare(old: list[Row], new: list[Row]) -> list[Verdict]:
 def _verdict(old: Row, new: Row) -> Verdict:
     control = next((name for name in new["ratios"] if name in old["ratios"]), None)
     seconds = [row["seconds"]["ours"]["median"] for row in (old, new)]
+    grown = _beyond(seconds[1] / seconds[0], ours_interval_of(old), ours_interval_of(new))
     if control is None:
-        change = seconds[1] / seconds[0]
-        (old_low, old_high), (new_low, new_high) = ours_interval_of(old), ours_interval_of(new)
-        apart = new_low > old_high or new_high < old_low
+        change, beyond = seconds[1] / seconds[0], grown != 0
     else:
         change = old["ratios"][control] / new["ratios"][control]
-        (old_low, old_high), (new_low, new_high) = interval_of(old, control), interval_of(new, control)
-        apart = new_high < old_low or new_low > old_high
-    beyond = apart and max(change, 1 / change) > 1 + noise.REPRODUCIBLE
-    wide = {control, "machine"}
+        beyond = grown != 0 and grown == _beyond(change, interval_of(new, control), interval_of(old, control))
+    wide = {control, "machine"} if control else {"ours", "machine"}
     noisy = any(wide & set(row.get("noisy", ())) for row in (old, new))
     return Verdict(label(new), control, seconds[0], seconds[1], change, beyond, noisy)
+
+
+def _beyond(change: float, before: noise.Interval, after: noise.Interval) -> int:
+    """1 where what lay in ``before`` and lies in ``after`` grew beyond noise, -1 where it shrank, else 0."""
+    if change > 1 + noise.REPRODUCIBLE and after[0] > before[1]:
+        return 1
+    if change < 1 / (1 + noise.REPRODUCIBLE) and after[1] < before[0]:
+        return -1
+    return 0
+
+
+def machine_change(old: list[Row], new: list[Row]) -> float | None:
+    """The time of a copy in the new rows over that in the old; None where one has no such row."""
+    times = [
+        [row["seconds"]["ours"]["median"] / row["extra"]["bytes"] for row in rows if row["name"] == "copy"]
+        for rows in (old, new)
+    ]
+    return times[1][0] / times[0][0] if all(times) else None

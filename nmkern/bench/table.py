@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nmkern.bench import noise
-from nmkern.bench.compare import Verdict
+from nmkern.bench.compare import Verdict, machine_change
 from nmkern.bench.plan import Outcome
 from nmkern.bench.rows import Row, not_timed
 
@@ -127,7 +127,7 @@ def comparison(verdicts: list[Verdict], old: list[Row], new: list[Row]) -> Table
     table = Table(
         title=f"against rows of commit {old[0]['commit']}, {old[0]['date']}",
         title_justify="left",
-        caption=_differences(old[0], new[0]),
+        caption=_differences(old, new),
         caption_justify="left",
     )
     for name in ("case", "old ms", "new ms", "relative to", "change", "verdict"):
@@ -147,12 +147,21 @@ def comparison(verdicts: list[Verdict], old: list[Row], new: list[Row]) -> Table
     return table
 
 
-def _differences(old: Row, new: Row) -> str:
-    """Versions and kernels that are not the same."""
-    before, after = ({**row["versions"], "kernel": row["kernel"]} for row in (old, new))
-    differing = [f"{k} {before.get(k)} -> {after[k]}" for k in after if before.get(k) != after[k]]
-    slower = "Slower: our time grew by more than 10 % beyond the rival's, and the intervals do not overlap."
-    return "\n".join([slower, *([f"other versions: {', '.join(differing)}"] if differing else [])])
+def _differences(old: list[Row], new: list[Row]) -> str:
+    """How a verdict comes about; versions, kernels and the machine's memory where they are not the same."""
+    lines = [
+        "Slower: our time grew, and its ratio to the rival fell, by more than 10 %, and no intervals overlap."
+    ]
+    before, after = ({**rows[0]["versions"], "kernel": rows[0]["kernel"]} for rows in (old, new))
+    if differing := [f"{k} {before.get(k)} -> {after[k]}" for k in after if before.get(k) != after[k]]:
+        lines.append(f"other versions: {', '.join(differing)}")
+    copied = machine_change(old, new)
+    if copied is not None and not 1 / (1 + noise.REPRODUCIBLE) < copied < 1 + noise.REPRODUCIBLE:
+        lines.append(
+            f"The machine is not as it was: copying memory takes {100 * (copied - 1):+.0f} % time, "
+            "and ratios to what reads stored weights move with it."
+        )
+    return "\n".join(lines)
 
 
 def to_text(*parts: Table | str) -> str:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _WAYS = ("forward", "backward", "training")
 _DTYPES = ("float32", "bfloat16", "float16")
 _FAMILIES = ("uniform", "normal", "rademacher", "sparse")
-SECONDS, QUICK = (0.4, 3), (0.12, 2)  # of a case in a pass, and passes
+SECONDS, QUICK = (0.4, 3), (0.12, 2)  # of a case in a pass, and passes at least
+_SPREAD = 20  # a row takes a second or two: small sweeps get more passes, so that a run sees slow changes
 _AXES = ("m", "k", "n", "dtype", "family", "way")
 _ROWS = "rows.jsonl"
 _QUICK_SECONDS = 45  # for all rows; the rest of the minute is for loading, table and pictures
@@ -197,6 +198,8 @@ def _work(args: argparse.Namespace, old: "list[Row] | None") -> "Sweep | Huge":
             raise ValueError("--way: the sparse family has no training step of its own, got 'training' alone")
     if old is not None and not {cell.key for cell in cells} & {rows.key_of(row) for row in old}:
         raise ValueError(f"{args.compare}: expected a case that these options measure too, got none")
+    if not args.quick:
+        passes = max(passes, min(10, _SPREAD // len(cells)))
     return Sweep(
         cells,
         args.against,

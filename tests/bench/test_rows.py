@@ -8,6 +8,7 @@ import pytest
 from nmkern.bench import compare, noise, rows
 from nmkern.bench.clocks import HostClock
 from nmkern.bench.harness import Case, Report
+from nmkern.bench.table import comparison, to_text
 
 CASE = Case("linear", 1, 8, 8, "float32", "uniform", 64)
 
@@ -103,6 +104,22 @@ def test_noise_is_no_slowdown():
 def test_a_slower_machine_is_no_slowdown_where_a_rival_tells():
     old, new = (row(around(t, 0.01), around(3 * t, 0.01, seed=1)) for t in (1, 2))
     assert not judged(old, new).beyond_noise
+
+
+def test_a_faster_rival_is_no_slowdown():
+    old, new = (row(around(1, 0.01), around(t, 0.01, seed=1)) for t in (3, 2))
+    verdict = judged(old, new)
+    assert not verdict.beyond_noise and verdict.change == pytest.approx(1.5, rel=0.02)
+
+
+def test_the_copy_of_the_machine_is_told_but_is_no_case_of_ours():
+    case = Case("copy", 1, 1, 1, "float32", "none", 0, extra={"bytes": 2**20})
+    old, new = (rows.merged([row(around(t, 0.01), case=case), row(np.ones(9))]) for t in (1, 1.5))
+    assert [verdict.label for verdict in compare.compare(old, new)] == ["linear M=1 8 -> 8 float32 uniform"]
+    assert compare.machine_change(old, new) == pytest.approx(1.5, rel=0.02)
+    told = " ".join(to_text(comparison([], old, new)).split())
+    assert "copying memory takes +50 % time" in told
+    assert "copying" not in to_text(comparison([], old, old))
 
 
 def test_rows_that_are_older_than_intervals_can_be_compared():
