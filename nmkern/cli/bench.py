@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         for name in (_ROWS, figures.TIME, figures.RATE, figures.SPEEDUP):
             (args.out / name).unlink(missing_ok=True)  # an earlier run's
     report, outcome = Report(args.out / _ROWS, clock, tell=lambda text: None), Outcome()
+    for name, reason in work.missing().items():
+        report.write({"name": name, "not_measured": reason})
     deadline = time.monotonic() + _QUICK_SECONDS if args.quick else float("inf")
     settle = torch.cuda.synchronize if cuda else lambda: None
     try:
@@ -198,6 +200,10 @@ def _work(args: argparse.Namespace, old: "list[Row] | None") -> "Sweep | Huge":
             raise ValueError("--way: the sparse family has no training step of its own, got 'training' alone")
     if old is not None and not {cell.key for cell in cells} & {rows.key_of(row) for row in old}:
         raise ValueError(f"{args.compare}: expected a case that these options measure too, got none")
+    families = sorted({cell.family for cell in cells})
+    for name in args.against or ():
+        if name != rivals.VERA and not {*rivals.RIVALS[name].families} & {*families}:
+            raise ValueError(f"--against: {name} is no rival of the family {', '.join(families)}")
     if not args.quick:
         passes = max(passes, min(10, _SPREAD // len(cells)))
     return Sweep(

@@ -1,5 +1,6 @@
 """``nmkern bench`` as a user types it. The clock is made up where a test depends on times."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -35,13 +36,18 @@ def rows(out):
 
 def test_a_sweep_ends_with_rows_a_table_and_pictures(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nmkern.cli.bench.QUICK", (0.01, 2))
+    found_before, absent = importlib.util.find_spec, ("brainevent", "jax", "peft")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in absent else found_before(name)
+    )
     against = ["stored", "generate", "numpy", "brainevent", "vera"]
     options = ["--way", "forward", "backward", "--dtype", "float32", "bfloat16", "--against", *against]
     assert run("bench", *TINY, *options, "--out", tmp_path) == 0
     found = rows(tmp_path)
-    cells = {(row["name"], row["m"], row["k"], row["n"]) for row in found}
+    cells = {(row["name"], row["m"], row["k"], row["n"]) for row in found if "seconds" in row}
     assert ("linear", 1, 48, 32) in cells and ("linear, transposed", 2, 32, 48) in cells
     products = [row for row in found if row["name"].startswith("linear")]
+    assert found[0] == {**found[0], "name": "vera", "not_measured": "missing: peft is not installed"}
     assert len(products) == 2 * 2 * 2 * 2  # M, dtypes, ways, passes
     for row in products:
         assert row["commit"] and row["versions"]["torch"] and row["cpu"] and row["date"]
@@ -109,6 +115,7 @@ def test_interrupting_keeps_what_was_measured(tmp_path, capsys, steady, monkeypa
         (["--family", "cauchy"], "argument --family: invalid choice: 'cauchy'"),
         (["--against", "abacus"], "--against: expected some of stored, compiled"),
         (["--family", "sparse", "--way", "training"], "--way: the sparse family has no training step"),
+        (["--against", "csr"], "--against: csr is no rival of the family uniform"),
         (["--device", "cuda:99"], "GPUs that PyTorch finds, got 'cuda:99'"),
         (["--compare", "/nowhere/rows.jsonl"], "No such file or directory"),
     ],
