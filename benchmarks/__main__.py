@@ -27,9 +27,9 @@ def main() -> None:
     resources.add_argument("--out", type=Path, help="default: the committed table")
     args = parser.parse_args()
     if args.command == "cpu":
-        from benchmarks.clocks import HostClock
         from benchmarks.cpu import run
-        from benchmarks.harness import Report
+        from nmkern.bench.clocks import HostClock
+        from nmkern.bench.harness import Report
 
         run(Report(args.out, HostClock()), args.quick)
     elif args.command == "gpu":

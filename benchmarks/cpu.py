@@ -2,12 +2,13 @@
 
 import torch
 
-from benchmarks import cases
-from benchmarks.harness import Report
+from nmkern.bench import cases
+from nmkern.bench.harness import Report
 
 BATCHES = (1, 2, 4, 6, 8, 10, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 FEW_BATCHES = (1, 4, 8, 16, 64, 256, 1024)
 QUICK_BATCHES = (1, 4, 16, 64)
+DTYPES = (torch.float32, torch.bfloat16)
 # A rival so much slower is not followed to larger batches: without AVX-512, PyTorch's product of bfloat16
 # with an untransposed weight (its backward pass) takes half a second a row at 8192 x 8192.
 _HOPELESS = 50
@@ -28,12 +29,12 @@ def dense(report: Report, layer: cases.Layer, batches: tuple[int, ...], seconds:
     """Forward and backward to x, float32 and bfloat16, against stored weights."""
     hopeless: set[tuple[torch.dtype, bool]] = set()
     for m in batches:
-        for dtype in layer.stored:
+        for dtype in DTYPES:
             for transposed in (False, True):
                 if (dtype, transposed) in hopeless:
                     continue
                 target = _target(m, dtype, layer.matrix.family)
-                ratios = cases.linear(report, layer, m, dtype, transposed, seconds, target)
+                ratios = cases.product(report, layer, m, dtype, transposed, seconds, target)
                 if ratios["stored"] > _HOPELESS:
                     hopeless.add((dtype, transposed))
 
@@ -43,12 +44,11 @@ def run(report: Report, quick: bool) -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
     seconds = 0.3 if quick else 0.8
     size = 2048 if quick else 8192
-    dtypes = (torch.float32, torch.bfloat16)
-    uniform = cases.Layer(size, "uniform", dtypes)
+    uniform = cases.Layer(size, size, "uniform")
     dense(report, uniform, QUICK_BATCHES if quick else BATCHES, seconds)
     if not quick:
         for family in ("normal", "rademacher"):
-            dense(report, cases.Layer(size, family, dtypes), FEW_BATCHES, seconds)
+            dense(report, cases.Layer(size, size, family), FEW_BATCHES, seconds)
     for m in QUICK_BATCHES:
         cases.gains(report, uniform, m, torch.float32, seconds)
     for transposed in (False, True):

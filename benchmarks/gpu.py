@@ -96,9 +96,9 @@ def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = N
         return 1
     # Only now: what imports the package must find the library that has just been built.
     from benchmarks import gpu_rows
-    from benchmarks.clocks import CudaClock
-    from benchmarks.harness import Report
-    from benchmarks.plan import Outcome, follow
+    from nmkern.bench.clocks import CudaClock
+    from nmkern.bench.harness import Report
+    from nmkern.bench.plan import Outcome, follow
 
     report = Report(out / "rows.jsonl", CudaClock(), commit)
     extent = gpu_rows.QUICK if quick else gpu_rows.Extent()

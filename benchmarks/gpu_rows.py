@@ -6,18 +6,20 @@ would take 128 GiB stored, and is measured against the time that its number of w
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks import cases
-from benchmarks.harness import Case, Report
-from benchmarks.plan import Outcome, Row
-from nmkern import RandomMatrix, explain, modulated_linear
+from nmkern.bench import cases, huge
+from nmkern.bench.harness import Report
+from nmkern.bench.plan import Outcome, Row
+from nmkern.bench.rows import not_timed
 
 BF16, F32 = torch.bfloat16, torch.float32
+# In the rows of a few batches; a missing one is named there.
+RIVALS = ("stored", "generate", "fast_jl", "bitsandbytes", "torchao", "marlin")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
     """The plan. Weights are stored once, for the first row that needs them."""
 
     @functools.cache
-    def layer(size: int, family: str, dtype: torch.dtype) -> cases.Layer:
-        return cases.Layer(size, family, (dtype,), extent.device, copies=extent.calls)
+    def layer(size: int, family: str) -> cases.Layer:
+        return cases.Layer(size, size, family, extent.device, copies=extent.calls)
 
     def dense(size: int, batches, family="uniform", dtype=BF16, generate: tuple[int, ...] = ()):
         for m in batches:
@@ -63,27 +65,31 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
                     f"{way} M={m} {size}x{size} {cases.name_of(dtype)} {family}",
                     # Generating 16384 x 16384 weights by NumPy takes some 10 s on 16 cores.
                     3 + 10 * extent.seconds + (size / 8192) ** 2 * (4 if m == min(batches) else 0),
-                    lambda m=m, transposed=transposed: cases.linear(
+                    lambda m=m, transposed=transposed: cases.product(
                         report,
-                        layer(size, family, dtype),
+                        layer(size, family),
                         m,
                         dtype,
                         transposed,
                         extent.seconds,
                         target(m, family, dtype),
                         extent.calls,
-                        generate=m in generate and not transposed,
+                        against=RIVALS if m in generate and not transposed else ("stored",),
                     ),
                 )
 
     small, large = min(extent.sizes), max(extent.sizes)
     short = 3 + 10 * extent.seconds
-    yield Row("copy", short, lambda: copy(report, extent))
+    yield Row("copy", short, lambda: cases.copy(report, extent.copied, extent.seconds, extent.device))
     yield from dense(small, extent.first, generate=extent.few)
     for size in extent.sizes[1:]:
         yield from dense(size, extent.first)
     for m in extent.huge_batches:
-        yield Row(f"huge M={m}", 20, lambda m=m: huge(report, extent, m))
+        yield Row(
+            f"huge M={m}",
+            20,
+            lambda m=m: huge.measure(report, extent.huge, m, BF16, extent.device, extent.seconds),
+        )
     yield from dense(small, extent.few, "rademacher")
     for grad in (False, True):
         yield Row(
@@ -95,9 +101,7 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         yield Row(
             f"layer, trained M={m}",
             short,
-            lambda m=m: cases.gains(
-                report, layer(small, "uniform", BF16), m, BF16, extent.seconds, extent.calls
-            ),
+            lambda m=m: cases.gains(report, layer(small, "uniform"), m, BF16, extent.seconds, extent.calls),
         )
     for transposed in (False, True):
         yield Row(
@@ -120,38 +124,6 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         yield from dense(large, extent.few, "rademacher")
 
 
-def copy(report: Report, extent: Extent) -> None:
-    """The roofline of stored weights: bytes read and written in a second by a copy on the device."""
-    source = torch.ones(extent.copied // 4, device=extent.device)
-    copied = torch.empty_like(source)
-    case = Case("copy", *(1, 1, 1, "float32", "none", 0), extra={"bytes": 2 * extent.copied})
-    report.measure(case, lambda: copied.copy_(source), {}, 0.0, extent.seconds)
-
-
-def huge(report: Report, extent: Extent, m: int) -> None:
-    """A layer whose weights would fit no GPU's memory: its time, and what a smaller one's rate predicts."""
-    size = extent.huge
-    matrix = RandomMatrix(size, size, seed=1, scale=size**-0.5)
-    x = torch.randn(m, size, generator=cases.generator(extent.device), device=extent.device).to(BF16)
-    slices = cases.exact_slices(matrix, extent.device)
-    error = cases.check_slices(modulated_linear(x, matrix), x, slices, cases.BOUNDS[BF16])
-    rates = [
-        row["weights_per_second"]
-        for row in report.rows
-        if (row["name"], row.get("m"), row.get("dtype"), row.get("family"))
-        == ("linear", m, "bfloat16", "uniform")
-    ]
-    backend = explain(matrix, BF16, extent.device).backend
-    extra: Mapping[str, object] = {
-        "backend": backend,
-        "predicted_seconds": size * size / rates[-1] if rates else None,  # of the largest that there was
-        "stored_bytes": matrix.stored_bytes(BF16),
-    }
-    case = Case("linear, huge", *(m, size, size, "bfloat16", "uniform", size * size), extra=extra)
-    call = cases.served(lambda: modulated_linear(x, matrix), backend)
-    report.measure(case, call, {}, error, extent.seconds)
-
-
 def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
     """The rows as text: times, ratios, rates; then what failed and what was not measured."""
     measured = [row for row in found if "seconds" in row]
@@ -170,6 +142,7 @@ def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
             f"{'Gw/s':>8} {'TFLOP/s':>8}  against",
         ]
     lines += [_line(row) for row in measured]
+    lines += [f"{name}: {reason}" for name, reason in not_timed(measured).items()]
     for title, these in (("failed", outcome.failed), ("not measured", outcome.left)):
         lines += [f"{title}: {label}: {reason.splitlines()[0]}" for label, reason in these.items()]
     return "\n".join(lines)

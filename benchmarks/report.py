@@ -1,10 +1,24 @@
-"""The README's table and figure, from the committed rows: nothing in them is typed by hand."""
+"""The README's tables and figures, from the committed rows: nothing in them is typed by hand.
+
+cpu_*.jsonl            python -m benchmarks cpu --out FILE, one a kernel
+bench.jsonl            rows.jsonl of nmkern bench
+huge.jsonl             rows.jsonl of nmkern bench --huge
+memory_flynet.json     memory.json of nmkern memory flynet
+"""
 
 import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from nmkern.bench import rows as bench_rows
+from nmkern.bench.figures import rate_figure
+from nmkern.bench.rivals import RIVALS
+from nmkern.bench.table import figure as figure_of
+from nmkern.bench.table import heading
+from nmkern.memory import table as memory_table
+from nmkern.memory.measuring import Comparison, Footprint
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -92,14 +106,90 @@ def figure(machines: list[list[dict]]) -> Figure:
     return result
 
 
-def rebuild() -> None:
-    """Write the figure, and the tables between the README's markers."""
+def rivals(found: list[dict]) -> str:
+    """Markdown of a sweep: our time, and how many times it each rival takes."""
+    products = [row for row in found if row["name"] != "copy"]
+    names = list(dict.fromkeys(name for row in products for name in row["ratios"]))
+    told = "; ".join(f"{name}: {RIVALS[name].what}" for name in names)
+    lines = [f"{heading(products[0])}. Times of others over ours ({told}); `~`: not known within 5 %.", ""]
+    lines += ["| layer | M | ms | " + " | ".join(names) + " |", "| --- | --- | --- |" + " --- |" * len(names)]
+    for row in products:
+        cells = [f"{row['k']} to {row['n']}, {row['dtype']}", f"{row['m']}", _milliseconds(row)]
+        for name in names:
+            ratio = row["ratios"].get(name)
+            cells.append("-" if ratio is None else f"{'~' * (name in row['noisy'])}{figure_of(ratio)}x")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _milliseconds(row: dict) -> str:
+    noisy = {"ours", "machine"} & set(row["noisy"])
+    return f"{'~' if noisy else ''}{figure_of(1e3 * row['seconds']['ours']['median'])}"
+
+
+def huge(found: list[dict]) -> str:
+    """Markdown of layers that do not fit into memory: predicted and measured time."""
+    lines = [
+        "Layers whose stored weights exceed the machine's memory, float32, predicted from the rate at "
+        "8192 x 8192:",
+        "",
+    ]
+    lines += ["| layer | stored | memory | M | predicted ms | measured ms |", "| --- |" + " --- |" * 5]
+    for row in found:
+        if row["name"] == "linear, huge":
+            extra = row["extra"]
+            sizes = (memory_table.bytes_text(extra[key]) for key in ("stored_bytes", "memory_bytes"))
+            predicted = figure_of(1e3 * extra["predicted_seconds"])
+            cells = (f"{row['k']} x {row['n']}", *sizes, f"{row['m']}", predicted, _milliseconds(row))
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def memory(record: dict) -> tuple[Comparison, str]:
+    """The footprints of a record, and Markdown of them."""
+    found = {name: Footprint.from_dict(each) for name, each in record["footprints"].items()}
+    comparison = Comparison(found, record["device"], record["optimizer"])
+    lines = [
+        f"Bytes of FlyNet at the paper's sizes (input {record['input']}, {record['dtype']}, "
+        f"{record['optimizer']}), each column measured in a process of its own, commit {record['commit']}:",
+        "",
+    ]
+    lines += ["| | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
+    columns = [memory_table.quantities(each) for each in found.values()]
+    for name in columns[0]:
+        cells = [memory_table.bytes_text(column[name]) for column in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return comparison, "\n".join(lines)
+
+
+def text(machines: list[list[dict]], sweep: list[dict], beyond: list[dict], bytes_of_flynet: str) -> str:
+    """All that stands between the README's markers."""
+    parts = [
+        "Time of PyTorch's linear layer with stored weights over ours, so that above 1 is faster.",
+        *map(table, machines),
+        "![speed-up against the batch size](benchmarks/results/speedup.png)",
+        others(machines),
+        rivals(sweep),
+        "![weights per second against the batch size](benchmarks/results/roofline.png)",
+        huge(beyond),
+        bytes_of_flynet,
+        "![bytes of FlyNet, and of many tasks](benchmarks/results/memory_flynet.png)",
+    ]
+    return "\n\n".join(parts)
+
+
+def rebuild(readme: Path = README, pictures: Path = RESULTS) -> None:
+    """Write the pictures, and the tables between the README's markers."""
     machines = [read(path) for path in sorted(RESULTS.glob("cpu_*.jsonl"), reverse=True)]
-    FigureCanvasAgg(figure(machines)).print_png(RESULTS / "speedup.png")
-    intro = "Time of PyTorch's linear layer with stored weights over ours, so that above 1 is faster."
-    picture = "![speed-up against the batch size](benchmarks/results/speedup.png)"
-    results = "\n\n".join([intro, *map(table, machines), picture, others(machines)])
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    README.write_text(f"{head}{BEGIN}\n{results}\n{END}{tail}")
+    sweep, beyond = (bench_rows.read(RESULTS / name) for name in ("bench.jsonl", "huge.jsonl"))
+    record = json.loads((RESULTS / "memory_flynet.json").read_text())
+    comparison, bytes_of_flynet = memory(record)
+    FigureCanvasAgg(figure(machines)).print_png(pictures / "speedup.png")
+    products, copies = ([row for row in sweep if (row["name"] == "copy") == copy] for copy in (False, True))
+    FigureCanvasAgg(rate_figure(products, copies)).print_png(pictures / "roofline.png")
+    title = "FlyNet, 784 - 7840 - 10"
+    memory_table.save_figure(pictures / "memory_flynet.png", comparison, record["tasks"], title)
+    before, _, rest = readme.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    results = text(machines, sweep, beyond, bytes_of_flynet)
+    readme.write_text(f"{before}{BEGIN}\n{results}\n{END}{after}")

@@ -1,6 +1,6 @@
 """nmkern: layers whose frozen random weights are regenerated inside of the kernels that use them."""
 
-from nmkern import models, nn
+from nmkern import memory, models, nn
 from nmkern.backends.selection import explain, use_backend
 from nmkern.matrix import RandomMatrix
 from nmkern.ops.flynet import flynet
@@ -13,6 +13,7 @@ __all__ = [
     "RandomMatrix",
     "explain",
     "flynet",
+    "memory",
     "models",
     "modulated_linear",
     "nn",

@@ -1,6 +1,6 @@
 """The layers of the code: imports point one way, and importing the package loads nothing it may not need.
 
-    stream -> matrix -> backends -> ops -> nn -> models, continual -> command line
+    stream -> matrix -> backends -> ops -> nn -> models, continual -> memory, bench -> command line
 
 Read from the source with ast, imports inside of functions included.
 """
@@ -17,11 +17,12 @@ PACKAGE = Path(nmkern.__file__).parent
 # A module may import from its own layer and from earlier ones. ``nmkern`` itself only gathers names.
 LAYERS = (
     ("stream",),
-    ("matrix", "environment"),
+    ("matrix", "environment", "machine"),
     ("backends",),
     ("ops",),
     ("nn",),
     ("models", "continual"),
+    ("memory", "bench"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from nmkern import environment
+from nmkern.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TYPED = re.findall(r"^\$ nmkern (.*)$", README, re.MULTILINE)
 COMMANDS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 
 
@@ -22,6 +24,19 @@ def test_there_are_two_commands_and_both_set_everything_up():
     assert len(COMMANDS) == 2
     assert [command.split(" && ")[0] for command in COMMANDS] == ["bash .ci/setup"] * 2
     assert (ROOT / ".ci/setup").is_file()
+
+
+def test_the_commands_that_measure_exist():
+    assert [build_parser().parse_args(command.split()).command for command in TYPED] == ["bench"] * 2 + [
+        "memory"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", TYPED)
+def test_the_commands_that_measure_run(command, tmp_path):
+    assert main([*command.split(), "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.png")) and (tmp_path / "table.txt").is_file()
 
 
 def test_the_environment_table_is_the_code():

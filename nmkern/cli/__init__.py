@@ -1,8 +1,9 @@
-"""The ``nmkern`` command: train a network on a sequence of tasks, re-test it, show the installation.
+"""The ``nmkern`` command: train a network on a sequence of tasks, re-test it, measure, show the installation.
 
 Each subcommand has a file of its own, which adds its options and runs it. Exit codes: 0 success, 1 a
-re-test that differs (``eval``), 2 bad options or files, 130 interrupted. The invariant: what only one
-command needs (matplotlib, scikit-learn and the like) is imported when that command runs.
+re-test that differs (``eval``) or a measurement that failed or got slower (``bench``), 2 bad options or
+files, 130 interrupted. The invariant: what only one command needs (matplotlib, scikit-learn and the like)
+is imported when that command runs.
 """
 
 import argparse
@@ -10,15 +11,17 @@ import sys
 from collections.abc import Sequence
 
 from nmkern import __version__
-from nmkern.cli import evaluate, info, train
+from nmkern.cli import bench, evaluate, info, memory, train
 from nmkern.cli.usage import UserError
 
-_TRAIN_PACKAGES = ("matplotlib", "rich", "safetensors", "sklearn", "scipy")
+_TRAIN_PACKAGES = ("matplotlib", "psutil", "rich", "safetensors", "sklearn", "scipy")
 
 _EPILOG = """\
 examples:
   nmkern train                  learn 36 rotations of handwritten digits, one after the other
   nmkern eval runs/rotated      load what was learned and re-test every task
+  nmkern bench --quick          layers against stored weights, on this machine, in a minute
+  nmkern memory flynet          every byte of the paper's network, beside stored weights
   nmkern info                   which kernels run on this machine, and why others do not
 
 `nmkern COMMAND --help` explains the options of a command.
@@ -35,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nmkern {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (train, evaluate, info):
+    for command in (train, evaluate, bench, memory, info):
         command.add_parser(commands)
     return parser
 

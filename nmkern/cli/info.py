@@ -12,8 +12,8 @@ import torch
 from nmkern import environment
 from nmkern.backends import cpu
 from nmkern.backends.selection import BACKENDS
-from nmkern.cli import machine
 from nmkern.cli.usage import user_errors
+from nmkern.machine import cpu_model, versions
 
 _EPILOG = """\
 examples:
@@ -37,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(args: argparse.Namespace) -> int:
     with user_errors():
         sections: dict[str, Mapping[str, object]] = {
-            "versions": {name: value or "absent" for name, value in machine.versions().items()},
+            "versions": {name: value or "absent" for name, value in versions().items()},
             "machine": _machine(),
             "backends, on CPU tensors": {name: _kernel(b, "cpu") for name, b in BACKENDS.items()},
             "backends, on CUDA tensors": {name: _kernel(b, "cuda") for name, b in BACKENDS.items()},
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def _machine() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": machine.cpu_model(),
+        "cpu": cpu_model(),
         "cpu capability": f"{torch.backends.cpu.get_cpu_capability()} (PyTorch's kernels)",
         "torch threads": str(torch.get_num_threads()),
         "gpu": ", ".join(gpus) or "none that PyTorch finds",

@@ -1,12 +1,13 @@
-"""What ``nmkern train`` shows: a bar while it works, a table at the end."""
+"""What the commands show while they work: bars; and what ``nmkern train`` shows at the end."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nmkern.bench.plan import Row
 from nmkern.continual.report import Results
 from nmkern.continual.tasks import Task
 from nmkern.continual.training import TaskDone, train_sequence
@@ -47,6 +48,24 @@ def train_with_bar(model: FlyNet, tasks: Sequence[Task], results: Results, save:
                 )
             else:
                 progress.advance(bar)
+
+
+def rows_with_bar(rows: Iterable[Row], total: int) -> Iterator[Row]:
+    """``rows`` as they are measured, under a bar on stderr that names the current one."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,  # no thread of its own beside what is timed
+    )
+    with progress:
+        bar = progress.add_task("", total=total)
+        for row in rows:
+            progress.update(bar, description=row.label, refresh=True)
+            yield row
+            progress.advance(bar)
 
 
 def _current(tasks: Sequence[Task], index: int) -> str:

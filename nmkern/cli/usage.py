@@ -16,11 +16,15 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what bad options, files and devices raise into ``UserError``: for set-up, not for work."""
+def user_errors(*more: type[Exception]) -> Iterator[None]:
+    """Turn what bad options, files and devices raise into ``UserError``: for set-up, not for work.
+
+    ``more``: what else an option can raise.
+    """
+    told: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError, *more)
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except told as error:
         raise UserError(str(error)) from error
 
 

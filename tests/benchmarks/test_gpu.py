@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import gpu, gpu_rows
 from benchmarks.__main__ import main
-from benchmarks.clocks import CudaClock, Eager, HostClock
-from benchmarks.harness import Case, Report, check
-from benchmarks.plan import Row, follow
+from nmkern.bench.clocks import CudaClock, Eager, HostClock
+from nmkern.bench.harness import Case, Report
+from nmkern.bench.plan import Row, follow
+from nmkern.bench.rivals import check
 
 SMALL = gpu_rows.Extent(
     **{"device": "cpu", "sizes": (256, 512), "first": (1, 5), "rest": (2,), "few": (1,), "huge": 1024},
@@ -205,6 +207,6 @@ def test_the_cuda_clock_times_each_call_alone_and_in_turn(monkeypatch):
     variants = {name: lambda name=name: device.run(name) for name in ("ours", "stored")}
     variants["eager"] = Eager(lambda: device.run("eager"))
     timings = clock.time(variants, seconds=0.0, calls=4, least=3)
-    assert [timing.median for timing in timings.values()] == [1, 3, 5]  # of one call; no filler in it
+    assert [np.median(timing) for timing in timings.values()] == [1, 3, 5]  # of one call; no filler in it
     a_round = ["filler", *4 * ["ours"], "filler", *4 * ["stored"], "filler", "eager"]
     assert device.queue[-3 * len(a_round) :] == 3 * a_round

@@ -1,8 +1,8 @@
 """The two clocks: the host's, and a CUDA device's events around replayed graphs.
 
-Both call the variants in turn, ours and its rivals, so that drift of the machine hits all alike; medians
-and 20/80 percentiles come from those interleaved rounds and are per call. All else about a measurement
-(what, checked how, written where) is in ``harness`` and the same for both.
+Both call the variants in turn, ours and its rivals, so that drift of the machine hits all alike, and
+return the seconds of a call in each of those interleaved rounds. All else about a measurement (what,
+checked how, written where) is in ``harness`` and the same for both.
 """
 
 import contextlib
@@ -14,21 +14,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nmkern import environment
-from nmkern.backends import cpu, triton
-from nmkern.cli.machine import cpu_model
+from nmkern.backends.selection import explain
+from nmkern.machine import cpu_model
+from nmkern.matrix import RandomMatrix
+from nmkern.memory.meters import AllocatorMeter
 
 Call = Callable[[], object]
+Samples = NDArray[np.float64]
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one call."""
-
-    median: float
-    p20: float
-    p80: float
+_LEAST = 7  # rounds that every variant is in, and
+_LEAST_LONG = 3  # where a round takes longer than the time for all
+_PAUSE = 0.05  # seconds until the threads of another library sleep, or ours
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,14 @@ class Eager:
         return self.call()
 
 
-def summary(samples: list[float], calls: int) -> Timing:
-    return Timing(*(float(v) / calls for v in np.percentile(samples, (50, 20, 80))))
+@dataclass(frozen=True)
+class Apart(Eager):
+    """A call that leaves the processor's threads in another state than ours does.
+
+    Libraries with threads of their own, which spin for a while once they have worked: without a pause
+    NumPy's BLAS made the next call of ours take 3.7 ms instead of 0.08 (two cores). And long work of one
+    thread, after which ours have to wake up.
+    """
 
 
 def repeated(call: Call, times: int) -> Call:
@@ -61,13 +66,28 @@ class HostClock:
     def __init__(self, settle: Call = lambda: None) -> None:
         self.settle = settle
 
-    def time(self, variants: Mapping[str, Call], seconds: float, calls: int = 1) -> dict[str, Timing]:
-        """Time the variants in turn for about ``seconds``: 7 rounds at least, or 3 longer than that."""
+    def time(self, variants: Mapping[str, Call], seconds: float, calls: int = 1) -> dict[str, Samples]:
+        """Seconds of a call of each variant, one a round, for about ``seconds`` in all.
+
+        Each is in 7 rounds at least, or in 3 where one round is longer than ``seconds``. Those that are
+        ``Apart`` come after the others, each on its own, for as long as the others had each.
+        """
         plays = {name: repeated(call, calls) for name, call in variants.items()}
+        together = {name: play for name, play in plays.items() if not isinstance(variants[name], Apart)}
+        samples = self._rounds(together, seconds)
+        for name, play in plays.items():
+            if name not in together:
+                time.sleep(_PAUSE)  # our threads spin too
+                samples |= self._rounds({name: play}, seconds / len(together))
+        if len(together) < len(plays):
+            time.sleep(_PAUSE)
+        return {name: np.array(samples[name]) / calls for name in plays}
+
+    def _rounds(self, plays: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
         start = time.perf_counter()
         for play in plays.values():
             play()
-        least = 7 if time.perf_counter() - start < seconds else 3
+        least = _LEAST if time.perf_counter() - start < seconds else _LEAST_LONG
         samples: dict[str, list[float]] = {name: [] for name in plays}
         end = time.perf_counter() + seconds
         rounds = 0
@@ -79,23 +99,16 @@ class HostClock:
                 samples[name].append(time.perf_counter() - start)
             rounds += 1
         self.settle()
-        return {name: summary(s, calls) for name, s in samples.items()}
+        return samples
 
     def peak_bytes(self, call: Call) -> int:
         """The most that PyTorch's allocator held during ``call`` beyond what it held before."""
         call()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            call()
-        held = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                held += event.nbytes()
-                peak = max(peak, held)
-        return peak
+        return AllocatorMeter("cpu").measure(call).peak
 
     def machine(self) -> dict[str, object]:
         """What a row says of the machine that this clock times."""
-        return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "kernel": cpu.kernel()}
+        return {"cpu": cpu_model(), "threads": torch.get_num_threads(), "kernel": _kernel("cpu")}
 
 
 class CudaClock:
@@ -112,8 +125,8 @@ class CudaClock:
         self._filler = torch.zeros(128 * 2**20, device="cuda")
 
     def time(
-        self, variants: Mapping[str, Call], seconds: float, calls: int = 1, least: int = 7
-    ) -> dict[str, Timing]:
+        self, variants: Mapping[str, Call], seconds: float, calls: int = 1, least: int = _LEAST
+    ) -> dict[str, Samples]:
         """As ``HostClock.time``."""
         # What is not in a graph is no short call, and is not made several times over.
         times = {name: 1 if isinstance(call, Eager) else calls for name, call in variants.items()}
@@ -137,7 +150,7 @@ class CudaClock:
             for name, (start, stop) in events.items():
                 samples[name].append(start.elapsed_time(stop) / 1e3)
             rounds += 1
-        return {name: summary(s, times[name]) for name, s in samples.items()}
+        return {name: np.array(found) / times[name] for name, found in samples.items()}
 
     def _playable(self, call: Call, calls: int) -> Call:
         many = repeated(call, calls)
@@ -154,12 +167,7 @@ class CudaClock:
     def peak_bytes(self, call: Call) -> int:
         """As ``HostClock.peak_bytes``, from the counters of PyTorch's CUDA allocator."""
         call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return AllocatorMeter("cuda").measure(call).peak
 
     def machine(self) -> dict[str, object]:
         """As ``HostClock.machine``."""
@@ -175,7 +183,7 @@ class CudaClock:
             "driver": _driver(),
             "cuda": torch.version.cuda,
             "cpu": cpu_model(),
-            "kernel": triton.kernel(),
+            "kernel": _kernel("cuda"),
             "autotune": environment.read("NMKERN_TRITON_AUTOTUNE") is not None,
         }
 
@@ -188,6 +196,10 @@ def _side_stream() -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     around.wait_stream(stream)
+
+
+def _kernel(device: str) -> str:
+    return explain(RandomMatrix(1, 1, seed=0), device=device).kernel
 
 
 def _driver() -> str | None:

@@ -4,6 +4,12 @@
 
 The invariant: nothing is timed before its result has been compared with the reference, every row says
 where and from what it was measured, and a row is on disk before the next one begins.
+
+A row is the case, then ``seconds`` of a call by variant (median, p20, p80), ``ratios`` and their 95 %
+``intervals`` by rival, ``ours_interval`` in seconds, ``load`` (the share of the processor that others took),
+``noisy`` (rivals whose ratio is known to no better than 5 %, "ours" for our time where there is no rival,
+"machine" where load exceeds a tenth),
+``weights_per_second``, ``peak_bytes``, ``relative_error``, commit, date, machine and versions.
 """
 
 import datetime
@@ -11,23 +17,28 @@ import functools
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
+import numpy as np
 
 import nmkern
-from benchmarks.clocks import Call, CudaClock, HostClock
 from nmkern import stream
-from nmkern.cli.machine import versions
+from nmkern.bench import noise
+from nmkern.bench.clocks import Call, CudaClock, HostClock, Samples
+from nmkern.machine import versions
 
 Clock = HostClock | CudaClock
 
 
 @dataclass(frozen=True)
 class Case:
-    """What was measured: name and shape; ``weights`` is how many weights a call multiplies by."""
+    """What was measured: name and shape; ``weights`` is how many weights a call multiplies by.
+
+    ``not_timed``: rivals that were asked for, with the reason why they are missing. ``own_weights``: rivals
+    that multiply by random weights of their own, and are checked against those.
+    """
 
     name: str
     m: int
@@ -38,14 +49,8 @@ class Case:
     weights: int
     target: float | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
-
-
-def check(ours: torch.Tensor, reference: torch.Tensor, bound: float) -> float:
-    """The relative Frobenius error; AssertionError where it exceeds ``bound``."""
-    reference = reference.double()
-    error = float((ours.double() - reference).norm() / reference.norm())
-    assert error <= bound, f"relative error {error:.2e} exceeds {bound:.2e}: not timed"
-    return error
+    not_timed: Mapping[str, str] = field(default_factory=dict)
+    own_weights: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -61,8 +66,11 @@ def provenance() -> dict[str, object]:
 
 
 def _commit() -> str:
-    """The commit of this checkout, or "unknown" where it came without its history."""
-    git = ["git", "-C", str(Path(__file__).parents[1])]
+    """The commit of this checkout, or "unknown" where there is no history."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed: the version tells what it is
+        return "unknown"
+    git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         changes = [*git, "status", "--porcelain", "nmkern", "csrc"]
@@ -72,13 +80,29 @@ def _commit() -> str:
     return (head.stdout.strip() or "unknown") + ("-dirty" if dirty else "")
 
 
+def print_at_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def _summary(samples: Samples) -> dict[str, float]:
+    median, p20, p80 = map(float, np.percentile(samples, (50, 20, 80)))
+    return {"median": median, "p20": p20, "p80": p80}
+
+
 class Report:
     """Rows as JSON lines, appended, and a line of text for each."""
 
-    def __init__(self, path: Path | None, clock: Clock, commit: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        clock: Clock,
+        commit: str | None = None,
+        tell: Callable[[str], object] = print_at_once,
+    ) -> None:
         self.path = path
         self.clock = clock
         self.commit = commit
+        self.tell = tell
         self.rows: list[dict[str, object]] = []
 
     def measure(
@@ -93,23 +117,33 @@ class Report:
     ) -> dict[str, float]:
         """Time ``ours`` against ``rivals``, ``calls`` at a time; write the row, return the ratios."""
         peak = self.clock.peak_bytes(ours)
-        timings = (clock or self.clock).time({"ours": ours, **rivals}, seconds, calls)
-        ours_median = timings["ours"].median
-        ratios = {name: timings[name].median / ours_median for name in rivals}
+        load = noise.Load()
+        samples = (clock or self.clock).time({"ours": ours, **rivals}, seconds, calls)
+        foreign = load.share()
+        medians = {name: float(np.median(found)) for name, found in samples.items()}
+        mine = samples.pop("ours")
+        ratios = {name: medians[name] / medians["ours"] for name in samples}
+        intervals = {name: noise.ratio_interval(mine, found) for name, found in samples.items()}
+        ours_interval = noise.median_interval(mine)
+        noisy = noise.noisy_names(medians["ours"], ours_interval, ratios, intervals)
         self.write(
             {
                 **asdict(case),
-                "seconds": {name: asdict(timing) for name, timing in timings.items()},
+                "seconds": {name: _summary(found) for name, found in {"ours": mine, **samples}.items()},
                 "ratios": ratios,
-                "weights_per_second": case.weights / ours_median,
+                "intervals": intervals,
+                "ours_interval": ours_interval,
+                "load": foreign,
+                "noisy": [*noisy, *(["machine"] if foreign > noise.FOREIGN_LOAD else [])],
+                "weights_per_second": case.weights / medians["ours"],
                 "peak_bytes": peak,
                 "relative_error": error,
             }
         )
-        told = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
+        told = ", ".join(f"{name} {'~' * (name in noisy)}{ratio:.2f}x" for name, ratio in ratios.items())
         goal = "" if case.target is None else f"  (target {case.target:g})"
         shape = f"{case.name:<22} M={case.m:<5} {case.k} -> {case.n} {case.dtype} {case.family}"
-        print(f"{shape:<70} {1e3 * ours_median:9.3f} ms   {told}{goal}", flush=True)
+        self.tell(f"{shape:<70} {1e3 * medians['ours']:9.3f} ms   {told}{goal}")
         return ratios
 
     def write(self, row: dict[str, object]) -> None:

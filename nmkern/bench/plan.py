@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from benchmarks.harness import Report
+from nmkern.bench.harness import Report
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def follow(
         except Exception as error:  # whatever it is, the other rows are worth having
             outcome.failed[row.label] = f"{type(error).__name__}: {error}"
             report.write({"name": row.label, "failed": outcome.failed[row.label]})
-            print(f"{row.label}: failed: {outcome.failed[row.label]}", flush=True)
+            report.tell(f"{row.label}: failed: {outcome.failed[row.label]}")
             try:
                 settle()
             except Exception:  # an illegal access, say, ends every later call of this process too

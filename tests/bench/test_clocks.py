@@ -1,0 +1,60 @@
+"""The host's clock takes variants in turn, others with threads of their own apart; a meter on a fake GPU."""
+
+import types
+
+import pytest
+import torch
+
+from nmkern.bench import clocks
+from nmkern.memory.meters import AllocatorMeter
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    found = []
+    monkeypatch.setattr(clocks, "_PAUSE", 0.0)
+    monkeypatch.setattr(clocks.time, "sleep", found.append)
+    return found
+
+
+def test_variants_are_called_in_turn_and_others_apart(slept):
+    order = []
+    variants = {name: lambda name=name: order.append(name) for name in ("ours", "stored")}
+    variants["numpy"] = clocks.Apart(lambda: order.append("numpy"))
+    samples = clocks.HostClock().time(variants, seconds=0.0, calls=2)
+    assert {name: len(found) for name, found in samples.items()} == dict.fromkeys(variants, 3)
+    together = ["ours", "ours", "stored", "stored"]
+    assert order == [*4 * together, *4 * ["numpy", "numpy"]]  # the first time is not timed
+    assert list(samples) == list(variants) and len(slept) == 2  # before numpy and after it
+    assert all((found >= 0).all() for found in samples.values())
+
+
+def test_nothing_waits_where_nothing_is_apart(slept):
+    clocks.HostClock().time({"ours": lambda: None}, seconds=0.0)
+    assert slept == []
+
+
+def test_seconds_are_those_of_one_call(monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: float(next(ticks)))
+    samples = clocks.HostClock().time({"ours": lambda: None, "stored": lambda: None}, 1000.0, calls=4)
+    assert all((found == 0.25).all() and len(found) >= 7 for found in samples.values())
+
+
+def test_the_cuda_meter_reads_the_allocators_counters(monkeypatch):
+    state = types.SimpleNamespace(held=100, peak=100)
+
+    def allocate(count):
+        state.held += count
+        state.peak = max(state.peak, state.held)
+
+    fake = types.SimpleNamespace(
+        synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: setattr(state, "peak", state.held),
+        memory_allocated=lambda: state.held,
+        max_memory_allocated=lambda: state.peak,
+    )
+    monkeypatch.setattr(torch, "cuda", fake)
+    usage = AllocatorMeter("cuda").measure(lambda: (allocate(50), allocate(-30), allocate(5)))
+    assert (usage.peak, usage.held) == (50, 25)
+    assert AllocatorMeter("cuda").measure(lambda: allocate(-25)).peak == 0
