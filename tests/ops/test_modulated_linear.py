@@ -169,6 +169,26 @@ def test_integers_give_exact_results_on_long_sums(backend, threads, few, family,
         check_exactly(x, matrix, {"in_gain": signs((k,), g), "out_gain": signs((n,), g)}, dy)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_every_regime_over_neighbouring_tiles(backend, threads, family, transposed):
+    """Words and tiles that a kernel makes ahead, for the next run or the next tile, are the right ones.
+
+    The sizes leave several tiles to a thread, and runs that end in the middle of what is made ahead; the
+    batches stand on both sides of each border between regimes. Sums are at most 1103 * 252 < 2^24.
+    """
+    if backend == "triton":
+        pytest.skip("the interpreter takes minutes, and its kernels make nothing ahead")
+    matrix = exact_matrix(family, 1103, 700)
+    matrix = matrix.T if transposed else matrix
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 16, 17, 23):
+        threads(1 + rows % 2, backend)
+        x = integers((rows, matrix.cols), 1, generator(rows))
+        exact = x.double() @ stored_weights(matrix).T
+        same_bits(modulated_linear(x, matrix), exact)
+        same_bits(modulated_linear(x.bfloat16(), matrix), exact)
+
+
 def test_a_batch_larger_than_any_scratch(backend, threads):
     """70 rows of 2^16 inputs, 18 MiB: kernels that bound their scratch take it in parts.
 
