@@ -92,7 +92,8 @@ struct Sweep {
   void decode(int64_t g0, int64_t count) const {
     const int64_t per_word = columns_per_word(net.family);
     const int64_t head = net.decoder_row % kRowsPerPatch;
-    parallel_for(runtime, count, grain(kSparseRows * (2 * class_lanes() / k.lanes + net.classes)), [&](int64_t begin, int64_t end, int64_t worker) {
+    const int64_t cost = kSparseRows * (2 * class_lanes() / k.lanes + net.classes);
+    parallel_for(runtime, count, grain(cost), [&](int64_t begin, int64_t end, int64_t worker) {
       float* tile = decoded + worker * decoded_floats();
       for (int64_t g = begin; g < end; ++g) {
         const int64_t first = net.decoder_col + (g0 + g) * kSparseRows;

@@ -70,8 +70,9 @@ NMKERN_INLINE void with_rows(int rows, Body&& body) {
 // The words of a tile's reduction, kTileWords at a time, in the order of their use.
 //
 // Where the policy has registers for it, a word that has served is replaced by one to come: its hash is cut into
-// stages that stand between the multiplies, since the two use different units: bfloat16 at M = 8 takes 9.6
-// clocks a vector of weights on Zen 4 where hashing 32 words beforehand takes 10.6, and the multiplies alone 8.
+// stages that stand between the multiplies by x. On Zen 4 the 18 integer multiplies of a call take the units of the
+// dot products (measured: 8 of each take 16 clocks), all else of a hash other ones; so a vector of 32 weights in
+// bfloat16 takes at least M + 18 / 16 clocks. At M = 8, 9.1, it takes 9.3, and 10.6 where words are hashed first.
 // Behind the last word come the first ones of the next tile (of the next `lanes` outputs), so that no call is
 // wasted until the last tile.
 template <class S, class C, class Hasher>
