@@ -29,6 +29,27 @@ def test_variants_are_called_in_turn_and_others_apart(slept):
     assert all((found >= 0).all() for found in samples.values())
 
 
+def test_freed_memory_stays_with_the_process():
+    resource = pytest.importorskip("resource", reason="page faults are counted on Unix")
+    clocks.HostClock()
+    if not clocks.keep_freed_memory():
+        pytest.skip("no glibc: mallopt is its function")
+
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def allocate():  # 4 MiB, and 16 MiB that would take the heap's top with them
+        torch.ones(2**20)
+        torch.ones(2**22)
+
+    for _ in range(3):
+        allocate()
+    before = faults()
+    for _ in range(10):
+        allocate()
+    assert faults() - before < 1000  # with glibc's defaults 8192
+
+
 def test_nothing_waits_where_nothing_is_apart(slept):
     clocks.HostClock().time({"ours": lambda: None}, seconds=0.0)
     assert slept == []
