@@ -15,9 +15,12 @@
 
 namespace nmkern::cuda {
 
+// The host cannot look at contexts on a device: one out of range is read as the nearest, as Triton's kernels
+// do, never out of bounds.
 NMKERN_DEVICE float bank_value(const Bank& bank, const int64_t* context, int64_t m, int64_t features,
                                int64_t feature) {
-  const int64_t row = bank.rows == 1 ? 0 : context ? context[m] : m;
+  int64_t row = bank.rows == 1 ? 0 : context ? context[m] : m;
+  row = row < 0 ? 0 : row < bank.rows ? row : bank.rows - 1;
   return bank.data[row * features + feature];
 }
 

@@ -2,10 +2,12 @@
 //
 //   y[m, n] = (factor * sum_k (x[m, k] * in_gain[c, k]) * code[n, k]) * out_gain[c, n] + bias[c, n]
 //
-// Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/dense.h.
+// Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/dense.h, but
+// for contexts out of range (see product.h).
 #pragma once
 
-#include "product.h"
+#include "../matrix.h"
+#include "../stream.h"
 
 namespace nmkern::cuda {
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from setuptools.errors import OptionError
 
 HERE = Path(__file__).parent
@@ -112,12 +113,17 @@ def test_code_runs_on_gpus_of_its_major_version():
 
 
 SCRIPT = """
-import ctypes
+import ctypes, torch
+from nmkern.backends import primitives
+def registered():
+    return torch._C._dispatch_has_kernel_for_dispatch_key("nmkern::cuda_modulated_matmul", "CUDA")
+before = registered()
+torch.ops.load_library({path!r})
 library = ctypes.CDLL({path!r})
 library.nmkern_cuda_archs.restype = library.nmkern_cuda_most_rows.restype = ctypes.c_char_p
 rows = ctypes.c_int64(-1)
 error = library.nmkern_cuda_most_rows(0, ctypes.byref(rows))
-print(library.nmkern_cuda_archs().decode(), rows.value, bool(error))
+print(before, registered(), library.nmkern_cuda_archs().decode(), rows.value, bool(error))
 """
 
 
@@ -132,9 +138,13 @@ def test_the_library_needs_no_cuda_and_keeps_its_own_to_itself(build, run_python
     system = {"libc", "libm", "libdl", "librt", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64"}
     assert found <= {"libtorch_cpu", "libstdc++", "libgcc_s"} | system
     symbols = subprocess.run(["nm", "-D", library], capture_output=True, text=True, check=True).stdout
-    names = [line.split()[-1] for line in symbols.splitlines()]
-    assert [name for name in names if re.match(r"_*(cuda|cu[A-Z])", name)] == []
-    ours = {name for name in names if name.startswith("nmkern")}
+    names = [line.split()[-2:] for line in symbols.splitlines()]
+    assert [name for _, name in names if re.match(r"_*(cuda|cu[A-Z])", name)] == []
+    undefined = [name for kind, name in names if kind == "U"]
+    shims = re.compile(r"(aoti_)?torch_\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_\S+")
+    assert [name for name in undefined if not shims.fullmatch(name)] == []
+    ours = {name for _, name in names if name.startswith("nmkern")}
     assert ours == {"nmkern_cuda_archs", "nmkern_cuda_most_rows", "nmkern_cuda_set_most_rows"}
-    archs, rows, error = run_python(SCRIPT.format(path=str(library))).split()
-    assert archs == "80" and (error == "True") == (rows == "-1")
+    before, after, archs, rows, error = run_python(SCRIPT.format(path=str(library))).split()
+    assert (before, after, archs) == ("False", "True", "80")
+    assert (error == "True") == (rows == "-1") == (not torch.cuda.is_available())
