@@ -132,6 +132,25 @@ def test_after_the_loss_of_the_device_no_row_is_tried(tmp_path):
     assert outcome.left == {"second": "the device was lost"}
 
 
+@pytest.mark.parametrize(
+    ("library", "nvcc", "tests"),
+    [
+        (True, True, "gpu"),
+        (True, False, "gpu and not nvcc"),
+        (False, True, "gpu and not cuda_library"),
+        (False, False, "gpu and not cuda_library and not nvcc"),
+    ],
+)
+def test_what_cannot_be_here_is_not_asked_for(tmp_path, monkeypatch, capsys, library, nvcc, tests):
+    (tmp_path / "nmkern").mkdir()
+    if library:
+        (tmp_path / "nmkern/_cuda.so").touch()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/bin/nvcc" if nvcc else None)
+    assert gpu.gpu_tests() == ("-m", tests, "tests")
+    assert ("neither tested nor measured" in capsys.readouterr().out) == (tests != "gpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "refused"),

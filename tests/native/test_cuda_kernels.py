@@ -33,6 +33,7 @@ def test_blocks_of_every_kernel_compute_the_product(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_a_gpu_computes_the_same_cases(tmp_path):
