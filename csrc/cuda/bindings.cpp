@@ -1,5 +1,5 @@
-// The CUDA library's face to PyTorch and to Python: modulated_matmul of nmkern/backends/primitives.py for
-// CUDA tensors. Batches of more rows than the small-batch kernel is right for go on to Triton's operator.
+// The CUDA library's face to PyTorch and to Python: the dense primitives of nmkern/backends/primitives.py for
+// CUDA tensors. Batches of more rows than the small-batch kernel is right for go on to Triton's operators.
 //
 // Nothing here waits for the device, and all memory is the caching allocator's, so that calls can be
 // captured in a CUDA graph. No symbol of CUDA is needed: the library loads beside any build of PyTorch.
@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
+#include <tuple>
 
 #include <dlfcn.h>
 
@@ -18,7 +19,7 @@ namespace nmkern::cuda {
 namespace {
 
 void check(int error, const char* what) {
-  STD_TORCH_CHECK(error == 0, "cuda_modulated_matmul: ", what, ": ", error_text(error));
+  STD_TORCH_CHECK(error == 0, "cuda backend: ", what, ": ", error_text(error));
 }
 
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
@@ -33,54 +34,115 @@ CurrentStream find_current_stream() {
 
 void* current_stream(int32_t device) {
   static const CurrentStream ask = find_current_stream();
-  STD_TORCH_CHECK(ask, "cuda_modulated_matmul: this PyTorch was built without CUDA");
+  STD_TORCH_CHECK(ask, "cuda backend: this PyTorch was built without CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(ask(device, &stream));
   return stream;
 }
 
+// What an operator of Triton's returns for the same arguments.
 template <class... Arguments>
-Tensor by_triton(const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("nmkern::triton_modulated_matmul", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+std::array<StableIValue, sizeof...(Arguments)> by_triton(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
 }
+
+bool is_small(const Tensor& x) {
+  int64_t most = 0;
+  check(most_rows(x.get_device_index(), &most), "asking for the GPU's compute capability");
+  return x.size(0) <= most;
+}
+
+// A call, whose x, gains and context are those of the primitives, on their device.
+struct Operation {
+  const Tensor& x;
+  torch::stable::Device device;
+  torch::stable::accelerator::DeviceGuard guard;
+  Banks banks;
+  Skinny call;
+
+  Operation(const Tensor& input, const std::optional<Tensor>& in_gain,
+            const std::optional<Tensor>& out_gain, const std::optional<Tensor>& context,
+            const Skinny& matrix)
+      : x(input), device(input.device()), guard(device.index()), call(matrix) {
+    call.batch = x.size(0);
+    call.x = matrix_of(x, "x", call.batch, call.inputs());
+    banks.kept.reserve(4);
+    call.in_gain = bank(in_gain, "in_gain", call.inputs(), context.has_value());
+    call.out_gain = bank(out_gain, "out_gain", call.outputs(), context.has_value());
+    if (context) is_here(*context, "context");
+    call.context = banks.context(context, call.batch);
+  }
+
+  void is_here(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(tensor.device() == device, name, ": expected the device of x");
+  }
+
+  Bank bank(const std::optional<Tensor>& tensor, const char* name, int64_t features, bool context) {
+    if (tensor) is_here(*tensor, name);
+    return banks.bank(tensor, name, features, call.batch, context);
+  }
+
+  // Overwritten, [rows, outputs] in the dtype of x.
+  Tensor result(int64_t rows) { return torch::stable::new_empty(x, {rows, call.outputs()}); }
+
+  void run() const {
+    constexpr int64_t kAlignment = 64;
+    Tensor scratch =
+        torch::stable::new_empty(x, {skinny_scratch(call) + kAlignment}, ScalarType::Byte);
+    const auto at = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+    auto* aligned = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+    check(skinny_product(call, aligned, current_stream(device.index())), "launching a kernel");
+  }
+};
 
 Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
                         std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
                         int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                         int64_t cols, bool transposed, double factor) {
-  const auto device = x.device();
-  int64_t most = 0;
-  check(most_rows(device.index(), &most), "asking for the GPU's compute capability");
-  if (x.size(0) > most)
-    return by_triton(x, in_gain, out_gain, bias, context, family, seed, row_offset, col_offset, rows, cols,
-                     transposed, factor);
-  const torch::stable::accelerator::DeviceGuard guard(device.index());
-  for (const auto* tensor : {&in_gain, &out_gain, &bias, &context})
-    STD_TORCH_CHECK(!*tensor || (*tensor)->device() == device,
-                    "cuda_modulated_matmul: expected all tensors on one device");
-
-  auto call = product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor);
-  call.batch = x.size(0);
-  call.x = matrix_of(x, "x", call.batch, call.inputs());
-  Banks banks;
-  banks.kept.reserve(4);
-  call.in_gain = banks.bank(in_gain, "in_gain", call.inputs(), call.batch, context.has_value());
-  call.out_gain = banks.bank(out_gain, "out_gain", call.outputs(), call.batch, context.has_value());
-  call.bias = banks.bank(bias, "bias", call.outputs(), call.batch, context.has_value());
-  call.context = banks.context(context, call.batch);
-  Tensor y = torch::stable::new_empty(x, {call.batch, call.outputs()});
+  if (!is_small(x)) {
+    const auto found =
+        by_triton("nmkern::triton_modulated_matmul", x, in_gain, out_gain, bias, context, family, seed,
+                  row_offset, col_offset, rows, cols, transposed, factor);
+    return torch::stable::detail::to<Tensor>(found[0]);
+  }
+  Operation operation(
+      x, in_gain, out_gain, context,
+      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Skinny& call = operation.call;
+  call.bias = operation.bank(bias, "bias", call.outputs(), context.has_value());
+  Tensor y = operation.result(call.batch);
   call.y = matrix_of(y, "y", call.batch, call.outputs());
-
-  constexpr int64_t kAlignment = 64;
-  const int64_t bytes = skinny_scratch(call);
-  Tensor scratch = torch::stable::new_empty(x, {bytes + kAlignment}, ScalarType::Byte);
-  const auto at = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-  auto* aligned = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
-  check(skinny_product(call, aligned, current_stream(device.index())), "launching a kernel");
+  operation.run();
   return y;
+}
+
+std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
+    const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
+    const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
+    int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
+    bool transposed, double factor) {
+  if (!is_small(x)) {
+    const auto found = by_triton("nmkern::triton_modulated_matmul_gain_grad", x, in_gain, out_gain, other,
+                                 context, contexts, need_product, family, seed, row_offset, col_offset,
+                                 rows, cols, transposed, factor);
+    return {torch::stable::detail::to<Tensor>(found[0]), torch::stable::detail::to<Tensor>(found[1])};
+  }
+  Operation operation(
+      x, in_gain, out_gain, context,
+      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Skinny& call = operation.call;
+  operation.is_here(other, "other");
+  call.other = matrix_of(other, "other", call.batch, call.outputs());
+  STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ",
+                  call.batch, " without a context, got ", contexts);
+  Tensor grad = torch::stable::new_zeros(x, {contexts, call.outputs()}, ScalarType::Float);
+  call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};
+  Tensor product = operation.result(need_product ? call.batch : 0);
+  if (need_product) call.y = matrix_of(product, "product", call.batch, call.outputs());
+  operation.run();
+  return {product, grad};
 }
 
 }  // namespace
@@ -88,6 +150,7 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
 
 STABLE_TORCH_LIBRARY_IMPL(nmkern, CUDA, m) {
   m.impl("cuda_modulated_matmul", TORCH_BOX(&nmkern::cuda::modulated_matmul));
+  m.impl("cuda_modulated_matmul_gain_grad", TORCH_BOX(&nmkern::cuda::modulated_matmul_gain_grad));
 }
 
 #define NMKERN_EXPORT extern "C" __attribute__((visibility("default")))

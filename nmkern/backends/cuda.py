@@ -1,8 +1,8 @@
 """The cuda backend: CUDA C++ kernels for dense layers and small batches, loaded when first needed.
 
 The library is built by setup.py where there is nvcc. Its kernel is the right one up to ``most_rows`` rows;
-its operator hands larger batches to Triton's, once their size is known, so that one graph of
-torch.compile serves every batch. Gradients of gains are Triton's here as well.
+its operators hand larger batches to Triton's, once their size is known, so that one graph of
+torch.compile serves every batch.
 """
 
 import ctypes
@@ -18,9 +18,6 @@ BUILD_RECORD = build.PACKAGE / "cuda_build.json"
 LEAST_CAPABILITY = (8, 0)  # mma.sync in bfloat16
 
 primitives.define("cuda", ("modulated_matmul", "modulated_matmul_gain_grad"))
-primitives.LIBRARY.impl(
-    "cuda_modulated_matmul_gain_grad", triton.launcher("modulated_matmul_gain_grad"), "CUDA"
-)
 
 
 @functools.cache
@@ -115,7 +112,7 @@ def _gpu_refusal() -> str | None:
 
 def _triton_refusal(family: str, dtype: torch.dtype) -> str | None:
     reason = triton.refusal(family, dtype, "cuda")
-    return reason and f"needs triton for larger batches and gradients of gains: {reason}"
+    return reason and f"needs triton for larger batches: {reason}"
 
 
 def hands_on(batch: int, index: int | None = None) -> str | None:

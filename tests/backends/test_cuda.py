@@ -156,7 +156,7 @@ def test_without_triton_there_are_no_kernels_for_the_rest(machine, monkeypatch):
     machine(16)
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert cuda.refusal("uniform", torch.float32, "cuda") == (
-        "needs triton for larger batches and gradients of gains: triton is not installed"
+        "needs triton for larger batches: triton is not installed"
     )
 
 

@@ -22,12 +22,18 @@ from nmkern import stream
 from nmkern.backends import cuda, primitives, triton
 
 MATMUL = primitives.overload("cuda", "modulated_matmul")
+GAIN_GRAD = primitives.overload("cuda", "modulated_matmul_gain_grad")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def matmul(x, matrix, in_gain=None, out_gain=None, bias=None, context=None):
     args = primitives.dense_args(matrix)
     return MATMUL.redispatch(CUDA, x, in_gain, out_gain, bias, context, *args)
+
+
+def gain_grad(x, other, matrix, contexts, context=None, in_gain=None, out_gain=None, product=True):
+    args = (x, in_gain, out_gain, other, context, contexts, product, *primitives.dense_args(matrix))
+    return GAIN_GRAD.redispatch(CUDA, *args)
 
 
 def bank(value):
@@ -82,39 +88,68 @@ def check_contexts_out_of_range():
     assert torch.equal(matmul(x, matrix, *banks, wrong), matmul(x, matrix, *banks, right))
 
 
+def check_gradients_of_gains():
+    """Every kind of bank, with the product and without, other in any layout; a context out of range."""
+    g = generator(4)
+    for number, (contexts, rows) in enumerate(((1, 7), (9, 9), (T, 16), (T, 1), (1, 1))):
+        matrix = exact_matrix("uniform", 21, 50)
+        context = torch.randint(T, (rows,), generator=g) if contexts == T else None
+        x, other = integers((rows, 50), 1, g), integers((21, rows), 2, g).T
+        banks = [integers((contexts, size), 2, g) for size in (50, 21)]
+        row = torch.arange(rows) % contexts if context is None else context
+        z = (x.double() * banks[0][row]) @ stored_weights(matrix).T
+        want = torch.zeros(contexts, 21, dtype=torch.float64).index_add_(0, row, other * z)
+        given = context if context is None else torch.where(context == T - 1, 2**40, context)
+        for wanted in (True, False):
+            product, grad = gain_grad(x, other, matrix, contexts, given, *banks, product=wanted)
+            assert torch.equal(grad.double(), want), (number, wanted)
+            assert product.shape == (rows if wanted else 0, 21)
+            assert not wanted or torch.equal(product.double(), z * banks[1][row])
+    product, grad = gain_grad(x[:0], other[:0], matrix, 1)
+    assert product.shape == (0, 21) and torch.equal(grad, torch.zeros(1, 21))
+
+
 def check_larger_batches(library):
-    """Are Triton's: the operator that it has, whatever serves there."""
+    """Are Triton's: the operators that it has, whatever serves there."""
     matrix = exact_matrix("uniform", 7, 12)
     handed = []
-    primitives.LIBRARY.impl(
-        "triton_modulated_matmul",
-        lambda *args: handed.append(args) or args[0].new_full((args[0].shape[0], 7), 3.0),
-        "CPU",
-        allow_override=True,
-    )
+
+    def taken(*args):
+        handed.append(args)
+        y = args[0].new_full((args[0].shape[0], 7), 3.0)
+        return y if len(args) == 13 else (y, args[0].new_full((T, 7), 5.0))
+
+    for primitive in ("modulated_matmul", "modulated_matmul_gain_grad"):
+        primitives.LIBRARY.impl(f"triton_{primitive}", taken, "CPU", allow_override=True)
     g = generator(3)
     context = torch.randint(T, (17,), generator=g)
-    x, gain = integers((17, 12), 2, g), integers((T, 12), 2, g)
+    x, gain, other = integers((17, 12), 2, g), integers((T, 12), 2, g), integers((17, 7), 2, g)
     before = library.simulated_products()
     assert torch.equal(matmul(x, matrix, gain, context=context), torch.full((17, 7), 3.0))
-    ((x_, gain_, out_, bias_, context_, *rest),) = handed
-    assert torch.equal(x_, x) and torch.equal(gain_, gain) and torch.equal(context_, context)
-    assert out_ is None and bias_ is None and tuple(rest) == primitives.dense_args(matrix)
+    product, grad = gain_grad(x, other, matrix, T, context, gain)
+    assert torch.equal(product, torch.full((17, 7), 3.0)) and torch.equal(grad, torch.full((T, 7), 5.0))
+    first, second = handed
+    absent = (None, None)
+    for found, want in zip(first, (x, gain, *absent, context), strict=False):
+        assert found is want if want is None else torch.equal(found, want)
+    for found, want in zip(second, (x, gain, None, other, context), strict=False):
+        assert found is want if want is None else torch.equal(found, want)
+    assert first[5:] == primitives.dense_args(matrix)
+    assert second[5:] == (T, True, *primitives.dense_args(matrix))
     assert library.simulated_products() == before
     cuda.set_most_rows(70)
     y = matmul(x.repeat(4, 1), matrix)
     assert torch.equal(y, (x.repeat(4, 1).double() @ stored_weights(matrix).T).float())
-    assert (len(handed), library.simulated_products()) == (1, before + 1)
+    assert (len(handed), library.simulated_products()) == (2, before + 1)
     cuda.set_most_rows(16)
 
 
 def check_through_the_public_operator(library):
     """Gradients, and one compiled graph for batches on both sides of the border. On CPU tensors, forced."""
-    primitives.LIBRARY.impl("cuda_modulated_matmul", lambda *args: MATMUL.redispatch(CUDA, *args), "CPU")
-    for primitive in ("modulated_matmul", "modulated_matmul_gain_grad"):
-        kernel = triton.launcher(primitive)
-        name = "cuda_modulated_matmul_gain_grad" if "gain" in primitive else "triton_modulated_matmul"
-        primitives.LIBRARY.impl(name, kernel, "CPU", allow_override=True)
+    for primitive, op in (("modulated_matmul", MATMUL), ("modulated_matmul_gain_grad", GAIN_GRAD)):
+        primitives.LIBRARY.impl(f"cuda_{primitive}", partial(op.redispatch, CUDA), "CPU")
+        launcher = triton.launcher(primitive)  # check_larger_batches left another
+        primitives.LIBRARY.impl(f"triton_{primitive}", launcher, "CPU", allow_override=True)
     cuda.refusal = lambda *_: None
     matrix = exact_matrix("uniform", 21, 50)
     graphs = []
@@ -136,6 +171,7 @@ def check_through_the_public_operator(library):
             y = nmkern.modulated_linear(leaves[0], matrix, in_gain=leaves[1], bias=leaves[2])
             assert library.simulated_products() - before == (rows <= 16)
             grads = torch.autograd.grad(y, leaves, dy)
+            assert library.simulated_products() - before == 2 * (rows <= 16)
             assert torch.equal(y.detach(), want.y.float())
             for name, grad in zip(("x", "in_gain", "bias"), grads, strict=True):
                 assert torch.equal(grad, want.grads[name].float()), name
@@ -157,7 +193,7 @@ def check_errors(library):
             call()
         assert refused in str(raised.value)
     library.simulated_error(7)
-    with pytest.raises(RuntimeError, match="cuda_modulated_matmul: launching a kernel: error 7"):
+    with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
         matmul(x, matrix)
     assert library.simulated_guards() == 0
     assert matmul(x, matrix).shape == (4, 7)
@@ -176,6 +212,7 @@ def main(path, stub):
         check_the_formula(library)
         check_tensors_of_any_layout()
         check_contexts_out_of_range()
+        check_gradients_of_gains()
         check_larger_batches(library)
         check_through_the_public_operator(library)
         check_errors(library)

@@ -123,50 +123,52 @@ struct HostLane {
   static float rounded_product(float a, float b) { return a * b; }
 };
 
-template <class C>
+template <class Body>
 struct Task {
-  const Product* product;
+  const Body* body;
   HostLane* lane;
   unsigned char* shared;
 
   static void enter(unsigned high, unsigned low) {
     const auto& task = *reinterpret_cast<Task*>(uintptr_t{high} << 32 | low);
-    skinny_block<C>(*task.product, *task.lane, task.shared);
+    (*task.body)(*task.lane, task.shared);
     task.lane->done = task.lane->block.progress = true;
     swapcontext(&task.lane->context, &task.lane->block.scheduler);
   }
 };
 
-template <class C>
-void run_block(const Product& product, uint32_t x, uint32_t y, uint32_t z) {
+// body(lane, shared) of every thread of a block.
+template <class Body>
+void run_block(int shared_bytes, uint32_t x, uint32_t y, uint32_t z, const Body& body) {
   constexpr size_t kStack = 256 << 10;
   auto block = std::make_unique<Block>();
   block->x = x, block->y = y, block->z = z;
-  std::vector<float> shared(C::kSharedBytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> shared(shared_bytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
   const auto at = reinterpret_cast<uintptr_t>(shared.data());
   auto* aligned = reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t{127});
   std::vector<std::unique_ptr<HostLane>> lanes;
-  std::vector<Task<C>> tasks(kThreads);
+  std::vector<Task<Body>> tasks(kThreads);
   for (int thread = 0; thread < kThreads; ++thread) {
     lanes.emplace_back(new HostLane{*block, thread});
     HostLane& lane = *lanes.back();
-    tasks[thread] = {&product, &lane, aligned};
+    tasks[thread] = {&body, &lane, aligned};
     lane.stack.reset(new char[kStack]);
     getcontext(&lane.context);
     lane.context.uc_stack.ss_sp = lane.stack.get();
     lane.context.uc_stack.ss_size = kStack;
     lane.context.uc_link = nullptr;
     const auto at = reinterpret_cast<uintptr_t>(&tasks[thread]);
-    makecontext(&lane.context, reinterpret_cast<void (*)()>(&Task<C>::enter), 2, unsigned(at >> 32),
+    makecontext(&lane.context, reinterpret_cast<void (*)()>(&Task<Body>::enter), 2, unsigned(at >> 32),
                 unsigned(at));
   }
-  for (bool left = true; left;) {
+  for (bool left = true, forward = true; left; forward = !forward) {  // whose turn is first is nobody's to know
     left = block->progress = false;
-    for (auto& lane : lanes)
-      if (!lane->done) {
-        swapcontext(&block->scheduler, &lane->context);
-        left = true;
-      }
+    for (int turn = 0; turn < kThreads; ++turn) {
+      HostLane& lane = *lanes[forward ? turn : kThreads - 1 - turn];
+      if (lane.done) continue;
+      swapcontext(&block->scheduler, &lane.context);
+      left = true;
+    }
     if (left && !block->progress) fail("lanes wait for each other");
   }
 }
@@ -180,9 +182,20 @@ void run_product(const Skinny& call, float* partial) {
   plan.finish.partial = partial;
   for (uint32_t z = 0; z < plan.blocks_z; ++z)
     for (uint32_t y = 0; y < plan.splits; ++y)
-      for (uint32_t x = 0; x < plan.blocks_x; ++x) run_block<C>(plan.product, x, y, z);
+      for (uint32_t x = 0; x < plan.blocks_x; ++x)
+        run_block(C::kSharedBytes, x, y, z, [&](HostLane& lane, unsigned char* shared) {
+          skinny_block<C>(plan.product, lane, shared);
+        });
+  if (call.gain_grad.data) {
+    for (uint32_t x = 0; x < ceil_div(call.outputs(), kLanes); ++x)
+      run_block(kFinishRows * kLanes * 4, x, 0, 0, [&](HostLane& lane, unsigned char* shared) {
+        finish_with_gradient(plan.finish, lane, reinterpret_cast<float*>(shared));
+      });
+    return;
+  }
   for (int64_t m = 0; m < call.batch; ++m)
-    for (int64_t n = 0; n < call.outputs(); ++n) finish_one<HostLane>(plan.finish, m, n);
+    for (int64_t n = 0; n < call.outputs(); ++n)
+      finish_one<HostLane>(plan.finish, m, n, unmodulated<HostLane>(plan.finish, m, n));
 }
 
 }  // namespace
