@@ -1,14 +1,21 @@
-"""Builds the native library nmkern/_native.so; everything else about the package is in pyproject.toml.
+"""Builds nmkern/_native.so and, with nvcc, nmkern/_cuda.so; everything else is in pyproject.toml.
 
-The library is plain C++ over PyTorch's stable ABI: it is no Python extension, so a wheel serves every
-Python 3 and every PyTorch from 2.10 on. Where it cannot be built (no compiler, no torch) the install
-goes on without it, and the reason is written beside it for ``nmkern info``.
+Both are plain C++ over PyTorch's stable ABI: they are no Python extensions, so a wheel serves every
+Python 3 and every PyTorch from 2.10 on. Where one cannot be built (no compiler, no torch) the install
+goes on without it, and the reason is written beside it for ``nmkern info``. They are two libraries, so
+that the one for CPUs is the same with and without nvcc.
+
+    NMKERN_CUDA, or build_ext --cuda              auto: with nvcc, where there is one; on: or fail; off
+    NMKERN_CUDA_ARCHS, or build_ext --cuda-archs  the GPUs to compile for, by nvcc's names: 80,89,90a
 """
 
 import importlib.util
 import json
+import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +25,7 @@ from typing import ClassVar
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import OptionError
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 # Instruction sets are chosen at run time, so each file is compiled for its own and nothing for the
@@ -51,7 +59,16 @@ SANITIZE_FLAGS = [
     "-fstrict-overflow",
     "--param=asan-instrumentation-with-call-threshold=0",
 ]
-RECORD = "native_build.json"
+CUDA_ARCHS = "80,89,90a"
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",  # each step of an epilogue rounds on its own
+    "--compiler-options=-fPIC,-fvisibility=hidden",
+]
+# The runtime is linked statically and hidden: PyTorch has one of its own in the process, of another
+# version maybe, whose functions would else be called in place of these.
+NVCC_LINK_FLAGS = ["-shared", "--cudart=static", "--linker-options=--exclude-libs,ALL"]
 
 
 def find_torch() -> Path:
@@ -85,18 +102,61 @@ def isa_flags(source: str, *, only_here: bool) -> list[str]:
     return flags
 
 
+def version_of(torch: Path) -> str:
+    return (torch / "version.py").read_text().split("__version__ = ")[1].split("'")[1]
+
+
+def run(command: list[str]) -> None:
+    """RuntimeError with the end of what the command printed where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        told = (done.stdout + done.stderr).strip()
+        print(f"{' '.join(command)}\n{told}", file=sys.stderr)
+        raise RuntimeError(f"{Path(command[0]).name} ended with {done.returncode}: {told[-300:]}")
+
+
+def find_nvcc() -> str:
+    """nvcc: that of CUDA_HOME, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    for folder in (home and f"{home}/bin", os.environ.get("PATH")):
+        if folder and (found := shutil.which("nvcc", path=folder)):
+            return found
+    raise RuntimeError("there is no nvcc, CUDA's compiler, in CUDA_HOME or on PATH")
+
+
+def record_path(library: Path) -> Path:
+    """Where it is written how the build of a library went."""
+    return library.with_name(library.stem.lstrip("_") + "_build.json")
+
+
 class BuildNative(build_ext):
     """Compiles each source with its own flags, and records how it went instead of failing."""
 
     user_options: ClassVar = [
         *build_ext.user_options,
-        ("sanitize", None, "instrument for sanitizers, and for this CPU alone"),
+        ("sanitize", None, "instrument for sanitizers, and for this CPU alone; no CUDA"),
+        ("cuda=", None, "the library for GPUs: auto, on or off (default: NMKERN_CUDA, or auto)"),
+        ("cuda-archs=", None, f"GPUs to compile for (default: NMKERN_CUDA_ARCHS, or {CUDA_ARCHS})"),
     ]
     boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.sanitize = False
+        self.cuda = os.environ.get("NMKERN_CUDA") or "auto"
+        self.cuda_archs = os.environ.get("NMKERN_CUDA_ARCHS") or CUDA_ARCHS
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.cuda not in ("auto", "on", "off"):
+            raise OptionError(f"NMKERN_CUDA, --cuda: expected auto, on or off, got {self.cuda!r}")
+        if not re.fullmatch(r"\d{2,3}[af]?(,\d{2,3}[af]?)*", self.cuda_archs):
+            raise OptionError(
+                f"NMKERN_CUDA_ARCHS, --cuda-archs: expected names such as {CUDA_ARCHS}, "
+                f"got {self.cuda_archs!r}"
+            )
+        if self.sanitize:
+            self.cuda = "off"
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
@@ -105,29 +165,34 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
+        cuda = target.stem == "_cuda"
         try:
-            record = {"built": "yes", "detail": self._build(ext, target)}
+            record = {"built": "yes", "detail": (self._build_cuda if cuda else self._build)(ext, target)}
         except Exception as error:  # any failure leaves a package that works, and says why it is slow
+            if cuda and self.cuda == "on":
+                raise
             record = {"built": "no", "detail": str(error)}
-            print(f"nmkern: the native library was not built: {error}", file=sys.stderr)
-        target.with_name(RECORD).write_text(json.dumps(record))
+            print(f"nmkern: {target.name} was not built: {error}", file=sys.stderr)
+        record_path(target).write_text(json.dumps(record))
 
-    def _build(self, ext: Extension, target: Path) -> str:
-        torch = find_torch()
+    def _compile(self, torch: Path, source: str, extra: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [source], output_dir=self.build_temp, include_dirs=[str(torch / "include")], extra_postargs=extra
+        )
+
+    def _host_compiler(self) -> str:
         compiler = self.compiler.compiler_so[0]
         if shutil.which(compiler) is None:
             raise RuntimeError(f"there is no C++ compiler: {compiler!r} was not found")
+        return Path(compiler).name
 
+    def _build(self, ext: Extension, target: Path) -> str:
+        torch, compiler = find_torch(), self._host_compiler()
         extra = SANITIZE_FLAGS if self.sanitize else []
 
         def compile_one(source: str) -> list[str]:
             isa = isa_flags(Path(source).relative_to("csrc").as_posix(), only_here=self.sanitize)
-            return self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                include_dirs=[str(torch / "include")],
-                extra_postargs=FLAGS + isa + extra,
-            )
+            return self._compile(torch, source, FLAGS + isa + extra)
 
         with ThreadPoolExecutor() as pool:
             objects = [one for many in pool.map(compile_one, ext.sources) for one in many]
@@ -139,14 +204,49 @@ class BuildNative(build_ext):
             extra_postargs=extra,
             target_lang="c++",
         )
-        version = (torch / "version.py").read_text().split("__version__ = ")[1].split("'")[1]
-        return f"{Path(compiler).name}, headers of torch {version}"
+        return f"{compiler}, headers of torch {version_of(torch)}"
+
+    def _build_cuda(self, ext: Extension, target: Path) -> str:
+        if self.cuda == "off":
+            raise RuntimeError("it was switched off (NMKERN_CUDA, --cuda or --sanitize)")
+        nvcc, torch, compiler = find_nvcc(), find_torch(), self._host_compiler()
+        archs = self.cuda_archs.split(",")
+        targets = [f"--generate-code=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+
+        def compile_one(source: str) -> list[str]:
+            if source.endswith(".cpp"):
+                return self._compile(torch, source, FLAGS)
+            made = Path(self.build_temp, source).with_suffix(".o")
+            made.parent.mkdir(parents=True, exist_ok=True)
+            names = f'-DNMKERN_CUDA_ARCHS="{self.cuda_archs}"'
+            run([nvcc, *NVCC_FLAGS, *targets, "--threads=0", names, "-c", source, "-o", str(made)])
+            return [str(made)]
+
+        with ThreadPoolExecutor() as pool:
+            objects = [one for many in pool.map(compile_one, ext.sources) for one in many]
+        run(
+            [
+                nvcc,
+                *NVCC_LINK_FLAGS,
+                *targets,
+                *objects,
+                f"-L{torch / 'lib'}",
+                "-ltorch_cpu",
+                "-o",
+                str(target),
+            ]
+        )
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        version = re.findall(r"V(\d+\.\d+\.\d+)", printed)[0]
+        return f"nvcc {version} for {self.cuda_archs}, {compiler}, headers of torch {version_of(torch)}"
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            built = Path(self.build_lib, self.get_ext_filename(ext.name)).with_name(RECORD)
-            shutil.copy(built, Path("nmkern", RECORD))
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            shutil.copy(record_path(built), "nmkern")
+            if not built.exists():  # one from an earlier build would be taken for this one's
+                Path("nmkern", built.name).unlink(missing_ok=True)
 
 
 class Wheel(bdist_wheel):
@@ -156,15 +256,25 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def sources(pattern: str, *, cuda: bool) -> list[str]:
+    """The files below csrc of one of the two libraries."""
+    return sorted(str(path) for path in Path("csrc").rglob(pattern) if (path.parts[1] == "cuda") == cuda)
+
+
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+
 setup(
     ext_modules=[
         Extension(
-            "nmkern._native",
-            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            "nmkern._native", sources("*.cpp", cuda=False), depends=HEADERS, language="c++", optional=True
+        ),
+        Extension(
+            "nmkern._cuda",
+            sources("*.cpp", cuda=True) + sources("*.cu", cuda=True),
+            depends=HEADERS,
             language="c++",
             optional=True,
-        )
+        ),
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

@@ -44,7 +44,7 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
     bodies = re.split(r"\.section\s+\.text\.(\S+?),", code)[1:]
     for name, body in zip(bodies[::2], bodies[1::2], strict=True):
         row: dict[str, float] = {"registers": registers[name], "spilled_bytes": spills[name]}
-        label = f"sm_{arch} finish"
+        label = f"sm_{arch} finish" + ", gradient" * ("finish_gradient" in name)
         if match := _PRODUCT.search(name):
             family, transposed, tiles, parts = match.groups()
             way = "transposed" if transposed == "1" else "forward"

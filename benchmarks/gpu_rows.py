@@ -5,6 +5,7 @@ Sizes: 8192 x 8192 in bfloat16 is 128 MiB, 16384 x 16384 is 512 MiB, each more t
 would take 128 GiB stored, and is measured against the time that its number of weights predicts.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from nmkern import use_backend
+from nmkern.backends import cuda
 from nmkern.bench import cases, huge
 from nmkern.bench.harness import Report
 from nmkern.bench.plan import Outcome, Row
@@ -31,6 +34,7 @@ class Extent:
     first: tuple[int, ...] = (1, 4, 16, 64, 256, 4096)
     rest: tuple[int, ...] = (2, 8, 32, 1024, 2048, 8192)
     few: tuple[int, ...] = (1, 16, 64, 4096)
+    border: tuple[int, ...] = (8, 16, 32, 64)  # where the small-batch kernel should end
     huge: int = 2**18
     huge_batches: tuple[int, ...] = (1, 16, 64)
     copied: int = 2**30  # bytes
@@ -38,7 +42,10 @@ class Extent:
     calls: int = 4  # in a graph: each takes another of the copies of x and of the stored weights
 
 
-QUICK = Extent(sizes=(8192,), first=(1, 16, 64, 4096), rest=(), few=(1, 64), huge_batches=(1,), seconds=0.2)
+QUICK = Extent(
+    **{"sizes": (8192,), "first": (1, 16, 64, 4096), "rest": (), "few": (1, 64), "border": (16, 32)},
+    **{"huge_batches": (1,), "seconds": 0.2},
+)
 
 
 def target(m: int, family: str, dtype: torch.dtype) -> float | None:
@@ -48,6 +55,24 @@ def target(m: int, family: str, dtype: torch.dtype) -> float | None:
     if m <= 16:
         return {"uniform": 4.0, "rademacher": 5.0}.get(family)
     return 0.95 if m >= 2048 else None
+
+
+@contextlib.contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """One backend; of cuda its own kernel, however many rows."""
+    with use_backend(backend):
+        if backend == "cuda":
+            cuda.set_most_rows(2**20)
+        try:
+            yield
+        finally:
+            if backend == "cuda":
+                cuda.set_most_rows(None)
+
+
+def by(backend: str, rows: Iterator[Row]) -> Iterator[Row]:
+    for row in rows:
+        yield Row(f"{row.label} by {backend}", row.expected, forced(backend)(row.measure))
 
 
 def rows(report: Report, extent: Extent) -> Iterator[Row]:
@@ -91,6 +116,9 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
             lambda m=m: huge.measure(report, extent.huge, m, BF16, extent.device, extent.seconds),
         )
     yield from dense(small, extent.few, "rademacher")
+    if cuda.refusal("uniform", BF16, extent.device) is None:
+        for backend in ("triton", "cuda"):
+            yield from by(backend, dense(small, extent.border))
     for grad in (False, True):
         yield Row(
             f"call overhead, gradients {'on' if grad else 'off'}",

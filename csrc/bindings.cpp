@@ -1,21 +1,11 @@
 // The native library's face to PyTorch: the primitives of nmkern/backends/primitives.py for CPU tensors,
 // over PyTorch's stable ABI, so that one binary serves every PyTorch from 2.10 on and every Python.
-//
-// Python checks arguments and words the errors; what is checked here guards memory for callers that go
-// around it.
-#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
+// Python checks arguments and words the errors.
+#include "tensors.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
 #include <bit>
-#include <optional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "cpu/dense.h"
 #include "cpu/flynet.h"
@@ -24,48 +14,24 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using nmkern::Bank;
+using nmkern::Banks;
 using nmkern::cpu::Dense;
-using nmkern::Dtype;
 using nmkern::cpu::FlyNet;
-using nmkern::Matrix;
 using nmkern::cpu::Runtime;
 using nmkern::cpu::Sparse;
+using nmkern::dtype_of;
+using nmkern::key_of;
+using nmkern::kMaxDims;
+using nmkern::Matrix;
+using nmkern::matrix_of;
+using nmkern::ScalarType;
+using nmkern::Tensor;
 
-constexpr int64_t kMaxDims = 8;  // of x in a packed call
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-}
-
-Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name,
-                  ": expected shape [", rows, ", ", cols, "]");
-  // Inputs are only read; asking for a mutable pointer would copy a copy-on-write tensor.
-  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), tensor.stride(0),
-          tensor.stride(1)};
-}
-
-// Overwritten results: half the time of torch::stable::new_empty, which was a quarter of a small call.
 Tensor empty(const Tensor& like, int64_t dims, const int64_t* sizes) {
-  int64_t strides[kMaxDims];
-  for (int64_t d = dims - 1, stride = 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(1, sizes[d]);
-  }
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return nmkern::empty(aoti_torch_device_type_cpu(), 0, dtype, dims, sizes);
 }
 
 Tensor empty(const Tensor& like, int64_t rows, int64_t cols) {
@@ -108,56 +74,6 @@ struct Pool {
   }
 };
 
-// The tensors that a Dense points into, contiguous and alive.
-struct Banks {
-  std::vector<Tensor> kept;
-
-  const Tensor& keep(const Tensor& tensor) {
-    kept.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-    return kept.back();
-  }
-
-  Bank bank(const std::optional<Tensor>& tensor, const char* name, int64_t features, int64_t batch,
-            bool context) {
-    if (!tensor) return {};
-    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(1) == features &&
-                        tensor->scalar_type() == ScalarType::Float,
-                    name, ": expected float32 of shape [contexts, ", features, "]");
-    const int64_t rows = tensor->size(0);
-    STD_TORCH_CHECK(rows == 1 || context || rows == batch, name, ": expected 1 or ", batch,
-                    " rows without a context, got ", rows);
-    return {static_cast<float*>(const_cast<void*>(keep(*tensor).const_data_ptr())), rows};
-  }
-
-  const int64_t* context(const std::optional<Tensor>& tensor, int64_t batch, int64_t contexts) {
-    if (!tensor) return nullptr;
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == batch &&
-                        tensor->scalar_type() == ScalarType::Long,
-                    "context: expected int64 of shape [", batch, "]");
-    const auto* values = static_cast<const int64_t*>(keep(*tensor).const_data_ptr());
-    for (int64_t m = 0; m < batch; ++m)
-      STD_TORCH_CHECK(values[m] >= 0 && values[m] < contexts, "context: expected 0 <= context < ",
-                      contexts, ", got ", values[m]);
-    return values;
-  }
-};
-
-nmkern::Key key_of(int64_t seed) { return {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)}; }
-
-Dense dense_of(int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
-               int64_t cols, bool transposed, double factor) {
-  Dense d{};
-  d.family = nmkern::Family(uint32_t(family));
-  d.key = key_of(seed);
-  d.row_offset = row_offset;
-  d.col_offset = col_offset;
-  d.rows = rows;
-  d.cols = cols;
-  d.transposed = transposed;
-  d.factor = float(factor);
-  return d;
-}
-
 // The largest index that every bank of several rows can take.
 int64_t common_rows(std::initializer_list<int64_t> banks) {
   int64_t rows = INT64_MAX;
@@ -166,11 +82,20 @@ int64_t common_rows(std::initializer_list<int64_t> banks) {
   return rows;
 }
 
+const int64_t* context_of(Banks& banks, const std::optional<Tensor>& tensor, int64_t batch,
+                          int64_t contexts) {
+  const int64_t* values = banks.context(tensor, batch);
+  for (int64_t m = 0; values && m < batch; ++m)
+    STD_TORCH_CHECK(values[m] >= 0 && values[m] < contexts, "context: expected 0 <= context < ", contexts,
+                    ", got ", values[m]);
+  return values;
+}
+
 Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
                         std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
                         int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                         int64_t cols, bool transposed, double factor) {
-  Dense d = dense_of(family, seed, row_offset, col_offset, rows, cols, transposed, factor);
+  Dense d = nmkern::product_of<Dense>(family, seed, row_offset, col_offset, rows, cols, transposed, factor);
   d.batch = x.size(0);
   d.x = matrix_of(x, "x", d.batch, d.inputs());
   Banks banks;
@@ -178,8 +103,8 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
   d.in_gain = banks.bank(in_gain, "in_gain", d.inputs(), d.batch, context.has_value());
   d.out_gain = banks.bank(out_gain, "out_gain", d.outputs(), d.batch, context.has_value());
   d.bias = banks.bank(bias, "bias", d.outputs(), d.batch, context.has_value());
-  d.context = banks.context(context, d.batch,
-                            common_rows({d.in_gain.rows, d.out_gain.rows, d.bias.rows}));
+  d.context = context_of(banks, context, d.batch,
+                         common_rows({d.in_gain.rows, d.out_gain.rows, d.bias.rows}));
   Tensor y = empty(x, d.batch, d.outputs());
   d.y = matrix_of(y, "y", d.batch, d.outputs());
   Pool pool(x);
@@ -192,7 +117,7 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
     const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
     int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
     bool transposed, double factor) {
-  Dense d = dense_of(family, seed, row_offset, col_offset, rows, cols, transposed, factor);
+  Dense d = nmkern::product_of<Dense>(family, seed, row_offset, col_offset, rows, cols, transposed, factor);
   d.batch = x.size(0);
   d.x = matrix_of(x, "x", d.batch, d.inputs());
   Banks banks;
@@ -202,8 +127,8 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   d.other = matrix_of(other, "other", d.batch, d.outputs());
   STD_TORCH_CHECK(contexts == 1 || context || contexts == d.batch, "contexts: expected 1 or ", d.batch,
                   " without a context, got ", contexts);
-  d.context = banks.context(context, d.batch,
-                            common_rows({d.in_gain.rows, d.out_gain.rows, contexts}));
+  d.context = context_of(banks, context, d.batch,
+                         common_rows({d.in_gain.rows, d.out_gain.rows, contexts}));
   Tensor gain_grad = torch::stable::new_zeros(x, {contexts, d.outputs()}, ScalarType::Float);
   d.gain_grad = {static_cast<float*>(gain_grad.mutable_data_ptr()), contexts};
   Tensor product = empty(x, need_product ? d.batch : 0, d.outputs());
@@ -214,7 +139,7 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
 }
 
 // The dense products as everyday eager calls make them (nmkern/ops/eager.py): the matrix in one tensor of
-// eight int64, in the order of dense_of's arguments and with the bits of factor last; x with any leading
+// eight int64, in the order of product_of's arguments and with the bits of factor last; x with any leading
 // dimensions; gains and bias as vectors. Thirteen arguments cost 5.3 microseconds before any work, five 2.2.
 struct Packed {
   Dense call{};
@@ -227,7 +152,8 @@ struct Packed {
                         matrix.scalar_type() == ScalarType::Long,
                     "matrix: expected int64 of shape [8]");
     const auto* v = static_cast<const int64_t*>(matrix.const_data_ptr());
-    call = dense_of(v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0, std::bit_cast<double>(v[7]));
+    call = nmkern::product_of<Dense>(v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0,
+                                     std::bit_cast<double>(v[7]));
     STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims, "x: expected 1 to ", kMaxDims, " dimensions");
     call.batch = 1;
     for (int64_t d = 0; d < dims; ++d) lead[d] = x.size(d);
@@ -353,7 +279,7 @@ Tensor flynet_logits(const Tensor& x, const Tensor& gain, std::optional<Tensor> 
   Banks banks;
   banks.kept.reserve(2);
   net.gain = banks.bank(gain, "gain", hidden, net.batch, context.has_value());
-  net.context = banks.context(context, net.batch, common_rows({net.gain.rows}));
+  net.context = context_of(banks, context, net.batch, common_rows({net.gain.rows}));
   Tensor logits = empty(x, net.batch, classes);
   net.logits = matrix_of(logits, "logits", net.batch, classes);
   Pool pool(x);
@@ -374,7 +300,7 @@ Tensor flynet_gain_grad(const Tensor& x, const Tensor& d_logits, std::optional<T
                   net.batch, " without a context, got ", contexts);
   Banks banks;
   banks.kept.reserve(1);
-  net.context = banks.context(context, net.batch, common_rows({contexts}));
+  net.context = context_of(banks, context, net.batch, common_rows({contexts}));
   net.logits = matrix_of(d_logits, "d_logits", net.batch, classes);
   Tensor grad = torch::stable::new_zeros(x, {contexts, hidden}, ScalarType::Float);
   net.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};

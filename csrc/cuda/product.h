@@ -15,10 +15,16 @@
 
 namespace nmkern::cuda {
 
+// The host cannot look at contexts on a device: one out of range is read as the nearest, as Triton's kernels
+// do, never out of bounds.
+NMKERN_DEVICE int64_t bank_row(const Bank& bank, const int64_t* context, int64_t m) {
+  const int64_t row = bank.rows == 1 ? 0 : context ? context[m] : m;
+  return row < 0 ? 0 : row < bank.rows ? row : bank.rows - 1;
+}
+
 NMKERN_DEVICE float bank_value(const Bank& bank, const int64_t* context, int64_t m, int64_t features,
                                int64_t feature) {
-  const int64_t row = bank.rows == 1 ? 0 : context ? context[m] : m;
-  return bank.data[row * features + feature];
+  return bank.data[bank_row(bank, context, m) * features + feature];
 }
 
 NMKERN_DEVICE float read_element(const Matrix& a, int64_t row, int64_t col) {

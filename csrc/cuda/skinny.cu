@@ -82,7 +82,15 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_kernel(const Product p) {
 
 __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Finish f) {
   const int64_t i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i < f.batch * f.outputs) finish_one<Warp>(f, i / f.outputs, i % f.outputs);
+  if (i >= f.batch * f.outputs) return;
+  const int64_t m = i / f.outputs, n = i % f.outputs;
+  finish_one<Warp>(f, m, n, unmodulated<Warp>(f, m, n));
+}
+
+__global__ void __launch_bounds__(kThreads) finish_gradient_kernel(const Finish f) {
+  __shared__ float shared[kFinishRows * kLanes];
+  Warp warp;
+  finish_with_gradient(f, warp, shared);
 }
 
 struct Launch {
@@ -105,8 +113,13 @@ struct Launch {
     const dim3 grid(uint32_t(plan.blocks_x), uint32_t(plan.splits), uint32_t(plan.blocks_z));
     kernel<<<grid, kThreads, C::kSharedBytes, stream>>>(plan.product);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-    const int64_t blocks = ceil_div(call.batch * call.outputs(), kFinishThreads);
-    finish_kernel<<<uint32_t(blocks), kFinishThreads, 0, stream>>>(plan.finish);
+    if (call.gain_grad.data) {
+      const int64_t blocks = ceil_div(call.outputs(), kLanes);
+      finish_gradient_kernel<<<uint32_t(blocks), kThreads, 0, stream>>>(plan.finish);
+    } else {
+      const int64_t blocks = ceil_div(call.batch * call.outputs(), kFinishThreads);
+      finish_kernel<<<uint32_t(blocks), kFinishThreads, 0, stream>>>(plan.finish);
+    }
     return cudaGetLastError();
   }
 };

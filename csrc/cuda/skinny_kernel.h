@@ -1,7 +1,9 @@
 // The product for small batches: one warp generates 16-row tiles of W in A's registers, x is B.
 //
 //   partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]    (skinny_block)
-//   y[m, n] = (factor * sum_s partial[s, m, n]) * out_gain[c, n] + bias[c, n]               (finish_one)
+//   z[m, n] = factor * sum_s partial[s, m, n]                                               (unmodulated)
+//   y[m, n] = z[m, n] * out_gain[c, n] + bias[c, n]                                         (finish_one)
+//   gain_grad[c, n] = sum over the rows m of c: other[m, n] * z[m, n]            (finish_with_gradient)
 //
 //   x -> stage_x -> shared memory, in the order of B's registers -> multiply -> partial -> finish -> y
 //
@@ -328,18 +330,57 @@ struct Finish {
   Bank out_gain, bias;
   const int64_t* context;
   Matrix y;
+  Matrix other;
+  Bank gain_grad;
 };
 
+// z of skinny.h.
 template <class Machine>
-NMKERN_DEVICE void finish_one(const Finish& f, int64_t m, int64_t n) {
+NMKERN_DEVICE float unmodulated(const Finish& f, int64_t m, int64_t n) {
   float sum = 0;
+#pragma unroll 16  // loads in flight at once: left to choose, the compiler took 4 once there were two callers
   for (int64_t s = 0; s < f.splits; ++s)
     sum = Machine::rounded_sum(sum, f.partial[(s * f.batch + m) * f.partial_stride + f.skip + n]);
-  sum = Machine::rounded_product(sum, f.factor);
-  if (f.out_gain.data)
-    sum = Machine::rounded_product(sum, bank_value(f.out_gain, f.context, m, f.outputs, n));
-  if (f.bias.data) sum = Machine::rounded_sum(sum, bank_value(f.bias, f.context, m, f.outputs, n));
-  write_element(f.y, m, n, sum);
+  return Machine::rounded_product(sum, f.factor);
+}
+
+template <class Machine>
+NMKERN_DEVICE void finish_one(const Finish& f, int64_t m, int64_t n, float z) {
+  if (f.out_gain.data) z = Machine::rounded_product(z, bank_value(f.out_gain, f.context, m, f.outputs, n));
+  if (f.bias.data) z = Machine::rounded_sum(z, bank_value(f.bias, f.context, m, f.outputs, n));
+  write_element(f.y, m, n, z);
+}
+
+// The same with the gradient of a gain. A block owns 32 outputs and takes kFinishRows rows at a time, each
+// warp its share of them; then one warp adds them up in order: no atomics, the same bits every time.
+constexpr int kFinishRows = 16;
+
+template <class Machine>
+NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, float* shared) {
+  const int warp = machine.thread() / kLanes, lane = machine.lane();
+  const int64_t n = int64_t{machine.block_x()} * kLanes + lane;
+  const bool here = n < f.outputs, one = f.gain_grad.rows == 1;
+  float total = 0;
+  for (int64_t first = 0; first < f.batch; first += kFinishRows) {
+    const int rows = int(f.batch - first < kFinishRows ? f.batch - first : kFinishRows);
+    for (int i = warp; i < rows && here; i += kWarps) {
+      const float z = unmodulated<Machine>(f, first + i, n);
+      if (f.y.data) finish_one<Machine>(f, first + i, n, z);
+      shared[i * kLanes + lane] = Machine::rounded_product(read_element(f.other, first + i, n), z);
+    }
+    machine.wait();
+    for (int i = 0; i < rows && here && warp == 0; ++i) {
+      const float value = shared[i * kLanes + lane];
+      if (one) {
+        total = Machine::rounded_sum(total, value);
+      } else {
+        float* to = f.gain_grad.data + bank_row(f.gain_grad, f.context, first + i) * f.outputs + n;
+        *to = f.context ? Machine::rounded_sum(*to, value) : value;
+      }
+    }
+    machine.wait();
+  }
+  if (one && here && warp == 0) f.gain_grad.data[n] = total;
 }
 
 }  // namespace nmkern::cuda

@@ -81,6 +81,8 @@ Plan plan_of(const Skinny& call) {
   f.bias = call.bias;
   f.context = call.context;
   f.y = call.y;
+  f.other = call.other;
+  f.gain_grad = call.gain_grad;
   return plan;
 }
 

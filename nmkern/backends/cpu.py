@@ -6,17 +6,14 @@ tensors. Where it was not built, or does not load, the reason is kept and told.
 
 import ctypes
 import functools
-import json
-from pathlib import Path
 
 import torch
 
 from nmkern import environment
-from nmkern.backends import primitives
+from nmkern.backends import build, primitives
 
-_PACKAGE = Path(__file__).parents[1]
-LIBRARY_PATH = _PACKAGE / "_native.so"
-BUILD_RECORD = _PACKAGE / "native_build.json"
+LIBRARY_PATH = build.PACKAGE / "_native.so"
+BUILD_RECORD = build.PACKAGE / "native_build.json"
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 
 primitives.define("cpu")
@@ -25,10 +22,7 @@ primitives.define("cpu")
 @functools.cache
 def build_record() -> dict[str, str]:
     """What setup.py wrote about the native build: ``built`` ("yes" or "no") and ``detail``."""
-    try:
-        return json.loads(BUILD_RECORD.read_text())
-    except FileNotFoundError:
-        return {"built": "no", "detail": "the package was not installed (run pip install .)"}
+    return build.read(BUILD_RECORD)
 
 
 @functools.cache

@@ -18,6 +18,8 @@ Invariant: the sum is multiplied by factor, then by out_gain, then bias is added
 own, so that integer-valued inputs give the same bits on every backend.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from nmkern.matrix import RandomMatrix
@@ -50,10 +52,15 @@ SCHEMAS = {
 }
 
 
-def define(backend: str) -> None:
+# The backends that define a primitive.
+DEFINED: dict[str, list[str]] = {primitive: [] for primitive in SCHEMAS}
+
+
+def define(backend: str, primitives: Iterable[str] = tuple(SCHEMAS)) -> None:
     """Define the operators of a backend; their kernels are registered by the backend itself."""
-    for primitive, schema in SCHEMAS.items():
-        LIBRARY.define(f"{backend}_{primitive}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    for primitive in primitives:
+        LIBRARY.define(f"{backend}_{primitive}{SCHEMAS[primitive]}", tags=(torch.Tag.pt2_compliant_tag,))
+        DEFINED[primitive].append(backend)
 
 
 def overload(backend: str, primitive: str) -> torch._ops.OpOverload:

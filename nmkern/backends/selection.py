@@ -1,7 +1,9 @@
 """Which backend serves a call, and why the others do not.
 
 Backends stand in order of preference; the first that does not refuse (family, dtype, device) serves.
-The choice is made in Python, outside of the dispatcher, so that a caller can ask for it.
+The choice is made in Python, outside of the dispatcher, so that a caller can ask for it. The number of rows
+has no part in it: the cuda backend's operator itself hands batches on to Triton's, so that a compiled
+graph keeps its operator whatever the batch; ``explain`` tells of that too.
 """
 
 import contextlib
@@ -12,11 +14,16 @@ from types import ModuleType
 import torch
 
 from nmkern import environment
-from nmkern.backends import cpu, reference, triton
+from nmkern.backends import cpu, cuda, primitives, reference, triton
 from nmkern.matrix import RandomMatrix
 from nmkern.stream import DENSE_FAMILIES
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
@@ -36,6 +43,11 @@ class Explanation:
         lines = [f"{self.kernel} serves this call"]
         lines += [f"{name} does not: {reason}" for name, reason in self.refused.items()]
         return "\n".join(lines)
+
+
+def backends_with(primitive: str) -> list[str]:
+    """The backends that have an operator for a primitive."""
+    return [name for name in BACKENDS if name in primitives.DEFINED[primitive]]
 
 
 def _check_name(name: str, source: str) -> str:
@@ -87,17 +99,27 @@ def _refusals(family: str, dtype: torch.dtype, device: str) -> tuple[str | None,
 
 
 def explain(
-    matrix: RandomMatrix, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    matrix: RandomMatrix,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    batch: int | None = None,
 ) -> Explanation:
     """Which kernel multiplies ``dtype`` inputs on ``device`` by ``matrix``, and why no other does.
 
-    RuntimeError where no backend can.
+    ``batch`` is the number of rows that are multiplied; without, the answer is for all of them. RuntimeError
+    where no backend can.
     """
-    device_type = torch.device(device).type
-    chosen, refused = _refusals(matrix.family, dtype, device_type)
+    where = torch.device(device)
+    chosen, refused = _refusals(matrix.family, dtype, where.type)
     if chosen is None:
         raise _no_backend(refused)
-    return Explanation(chosen, BACKENDS[chosen].kernel(), refused)
+    if chosen != "cuda":
+        return Explanation(chosen, BACKENDS[chosen].kernel(), refused)
+    if batch is None or not (reason := cuda.hands_on(batch, where.index)):
+        return Explanation(chosen, cuda.kernel(where.index), refused)
+    refused["cuda"] = reason
+    others = {name: refused[name] for name in BACKENDS if name != "triton"}
+    return Explanation("triton", triton.kernel(), others)
 
 
 def _no_backend(refused: dict[str, str]) -> RuntimeError:

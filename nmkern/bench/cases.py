@@ -141,7 +141,7 @@ def prepare(
     prepared, not_timed, own = rivals.prepare(rivals.names_of(matrix.family, against), operands)
     inputs = in_turn(operands.inputs)
     name = "projection" if sparse else "linear"
-    backend = explain(matrix, dtype, layer.device).backend
+    backend = explain(matrix, dtype, layer.device, m).backend
     case = Case(
         f"{name}, transposed" if transposed else name,
         *(m, *matrix.shape[::-1], name_of(dtype), matrix.family, weights_of(matrix), target),
@@ -208,7 +208,7 @@ def gains(report: Report, weights: Layer, m: int, dtype: torch.dtype, seconds: f
     error = check(layer(x).detach(), (F.linear(x * in_gain, weight) * out_gain + bias).detach(), bound)
     for found, want in zip(ours(), stored(), strict=True):
         check(found, want, 2 * bound)
-    backend = explain(matrix, dtype, device).backend
+    backend = explain(matrix, dtype, device, m).backend
     case = Case(
         *("layer, trained", m, k, n, name_of(dtype), matrix.family, n * k, None),
         {"backend": backend},
@@ -318,7 +318,7 @@ def overhead(report: Report, seconds: float, grad: bool, device: str = "cpu") ->
     x.requires_grad_(grad)
     clock = HostClock(torch.cuda.synchronize) if device == "cuda" else None
     name = f"call overhead, gradients {'on' if grad else 'off'}"
-    extra: Mapping[str, object] = {"backend": explain(matrix, torch.float32, device).backend}
+    extra: Mapping[str, object] = {"backend": explain(matrix, torch.float32, device, 1).backend}
     case = Case(name, 1, 64, 64, "float32", "uniform", 4096, 0.5, extra)
     rivals = {"stored": lambda: F.linear(x, weight)}
     report.measure(case, lambda: modulated_linear(x, matrix), rivals, error, seconds, calls=200, clock=clock)

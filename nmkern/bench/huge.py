@@ -80,7 +80,7 @@ def measure(report: Report, size: int, m: int, dtype: torch.dtype, device: str, 
     x = torch.randn(m, size, generator=cases.generator(device), device=device).to(dtype)
     slices = cases.exact_slices(matrix, device)
     error = cases.check_slices(modulated_linear(x, matrix), x, slices, cases.BOUNDS[dtype])
-    backend = explain(matrix, dtype, device).backend
+    backend = explain(matrix, dtype, device, m).backend
     extra = {
         "backend": backend,
         "predicted_seconds": predicted,

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         tasks = make_tasks(settings.tasks, dataset, settings.num_tasks, settings.seed)
         model = build_model(settings, dataset)
         model.load_state_dict(report.read_contexts(args.directory))
-        kernels = machine.kernels(model, settings.device)
+        kernels = machine.kernels(settings.device)
     done = len(recorded.accuracies)
     accuracies, hashes = evaluate(model, tasks[:done], settings.device)
     differing = [j for j in range(done) if accuracies[j] != recorded.accuracies[j]]

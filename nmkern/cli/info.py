@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from nmkern import environment
-from nmkern.backends import cpu
+from nmkern.backends import cpu, cuda
 from nmkern.backends.selection import BACKENDS
 from nmkern.cli.usage import user_errors
 from nmkern.machine import cpu_model, versions
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
             "backends, on CPU tensors": {name: _kernel(b, "cpu") for name, b in BACKENDS.items()},
             "backends, on CUDA tensors": {name: _kernel(b, "cuda") for name, b in BACKENDS.items()},
             "native library": cpu.build_record(),
+            "CUDA library": cuda.build_record(),
             "environment": {
                 name: f"{environment.read(name) or 'unset'}  ({purpose})"
                 for name, purpose in environment.VARIABLES.items()

@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             settings,
             [task.label for task in tasks],
             network_size(model),
-            machine.provenance(model, args.device),
+            machine.provenance(args.device),
         )
         directory.mkdir(parents=True, exist_ok=True)
         for name in (figures.ACCURACY, figures.SIMILARITY):

@@ -160,4 +160,4 @@ class DenseOperators:
         return (z.unflatten(0, (batch, -1)), grads), (0, 0)
 
 
-OPERATORS = {backend: DenseOperators(backend) for backend in selection.BACKENDS}
+OPERATORS = {backend: DenseOperators(backend) for backend in selection.backends_with("modulated_matmul")}

@@ -140,4 +140,4 @@ class _Operators:
         return torch.stack(grads), 0
 
 
-_OPERATORS = {backend: _Operators(backend) for backend in selection.BACKENDS}
+_OPERATORS = {backend: _Operators(backend) for backend in selection.backends_with("flynet_logits")}

@@ -63,4 +63,4 @@ class _Operator:
         return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-_OPERATORS = {backend: _Operator(backend) for backend in selection.BACKENDS}
+_OPERATORS = {backend: _Operator(backend) for backend in selection.backends_with("sparse_matmul")}

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from nmkern import RandomMatrix, environment, explain, modulated_linear, sparse_project, use_backend
-from nmkern.backends import cpu, reference, selection, triton
+from nmkern.backends import cpu, cuda, reference, selection, triton
 
 DENSE = RandomMatrix(6, 4, seed=1)
 SPARSE = RandomMatrix(6, 4, seed=1, family="sparse", fan_in=2)
 NO_TRITON = "runs on CUDA tensors; on the CPU only under TRITON_INTERPRET=1"
+NO_CUDA = "runs on CUDA tensors, not on cpu"
 NO_CPU = cpu.refusal("uniform", torch.float32, "cpu")  # why the cpu backend cannot run; None where it can
 needs_cpu = pytest.mark.skipif(NO_CPU is not None, reason=f"cpu: {NO_CPU}")
 
@@ -99,16 +100,17 @@ def test_explain_names_the_backend_its_kernel_and_the_refusals(matrix):
     if NO_CPU is None:
         assert answer.backend == "cpu"
         assert answer.kernel == f"cpu ({cpu.isa()})"
-        assert answer.refused == {"triton": "cpu comes first", "reference": "cpu comes first"}
+        assert answer.refused == dict.fromkeys(("cuda", "triton", "reference"), "cpu comes first")
         assert str(answer) == (
-            f"cpu ({cpu.isa()}) serves this call\n"
+            f"cpu ({cpu.isa()}) serves this call\ncuda does not: cpu comes first\n"
             "triton does not: cpu comes first\nreference does not: cpu comes first"
         )
     else:
         assert answer.backend == "reference"
-        assert answer.refused == {"cpu": NO_CPU, "triton": NO_TRITON}
+        assert answer.refused == {"cpu": NO_CPU, "cuda": NO_CUDA, "triton": NO_TRITON}
         assert str(answer) == (
-            f"reference (PyTorch) serves this call\ncpu does not: {NO_CPU}\ntriton does not: {NO_TRITON}"
+            f"reference (PyTorch) serves this call\ncpu does not: {NO_CPU}\n"
+            f"cuda does not: {NO_CUDA}\ntriton does not: {NO_TRITON}"
         )
 
 
@@ -117,16 +119,21 @@ def test_explain_of_what_only_the_reference_computes():
     assert (answer.backend, answer.kernel) == ("reference", "reference (PyTorch)")
     assert answer.refused == {
         "cpu": "computes float32, bfloat16 and float16, not float64",
+        "cuda": NO_CUDA,
         "triton": NO_TRITON,
     }
 
 
-def test_explain_on_another_device():
+def test_explain_on_another_device(monkeypatch):
+    monkeypatch.setattr(cuda, "_load", lambda: (None, "its library was not built"))
     for device in ("cuda", torch.device("cuda", 1)):  # asked without touching a device
         answer = explain(DENSE, torch.bfloat16, device)
         assert (answer.backend, answer.kernel) == ("triton", "triton")
-        no_cpu = "runs on CPU tensors, not on cuda"
-        assert answer.refused == {"cpu": no_cpu, "reference": "triton comes first"}
+        assert answer.refused == {
+            "cpu": "runs on CPU tensors, not on cuda",
+            "cuda": "its library was not built",
+            "reference": "triton comes first",
+        }
         assert explain(SPARSE, torch.bfloat16, device).backend == "triton"
 
 
@@ -137,7 +144,7 @@ def test_explain_where_no_backend_can(dtype):
     name = str(dtype).removeprefix("torch.")
     assert str(raised.value) == (
         "no backend can serve this call: "
-        f"cpu: computes float32, bfloat16 and float16, not {name}; triton: {NO_TRITON}; "
+        f"cpu: computes float32, bfloat16 and float16, not {name}; cuda: {NO_CUDA}; triton: {NO_TRITON}; "
         f"reference: computes float64, float32, bfloat16 and float16, not {name}"
     )
 
@@ -166,11 +173,13 @@ def test_use_backend_nests_and_restores():
     assert forced() is None
     with use_backend("reference"):
         assert forced() == explain(DENSE).backend == "reference"
-        assert explain(DENSE).refused == dict.fromkeys(("cpu", "triton"), "reference is forced")
+        assert explain(DENSE).refused == dict.fromkeys(("cpu", "cuda", "triton"), "reference is forced")
         with use_backend("cpu"):
             assert forced() == "cpu"
             if NO_CPU is None:
-                assert explain(DENSE).refused == dict.fromkeys(("triton", "reference"), "cpu is forced")
+                assert explain(DENSE).refused == dict.fromkeys(
+                    ("cuda", "triton", "reference"), "cpu is forced"
+                )
         assert forced() == selection.select("uniform", torch.float32, "cpu") == "reference"
     assert forced() is None
 
@@ -194,7 +203,7 @@ def test_use_backend_forgets_choices_made_before():
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU"])
 def test_use_backend_refuses_unknown_names(name):
-    message = rf"^backend: expected one of cpu, triton, reference, got '{name}'$"
+    message = rf"^backend: expected one of cpu, cuda, triton, reference, got '{name}'$"
     with pytest.raises(ValueError, match=message), use_backend(name):
         pass
     assert forced() is None
@@ -203,7 +212,7 @@ def test_use_backend_refuses_unknown_names(name):
 def test_a_forced_backend_that_cannot_serve_raises_with_every_reason():
     text = (
         "no backend can serve this call: cpu: computes float32, bfloat16 and float16, not float64; "
-        "triton: cpu is forced; reference: cpu is forced"
+        "cuda: cpu is forced; triton: cpu is forced; reference: cpu is forced"
     )
     with use_backend("cpu"):
         for ask in (
@@ -254,6 +263,7 @@ def test_refusals_of_the_triton_backend(family, dtype, device, text):
 
 
 def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(cuda, "_load", lambda: (None, "its library was not built"))
     monkeypatch.setattr(triton, "_installed", lambda: False)
     assert triton.refusal("uniform", torch.float32, "cuda") == "triton is not installed"
     assert explain(DENSE, device="cuda").backend == "reference"
@@ -283,7 +293,7 @@ def test_a_library_that_was_not_built(monkeypatch, tmp_path):
     fresh(monkeypatch, LIBRARY_PATH=tmp_path / "none.so", BUILD_RECORD=tmp_path / "none.json")
     reason = "the native library was not built: the package was not installed (run pip install .)"
     assert cpu.refusal("uniform", torch.float32, "cpu") == reason
-    assert explain(DENSE).refused == {"cpu": reason, "triton": NO_TRITON}
+    assert explain(DENSE).refused == {"cpu": reason, "cuda": NO_CUDA, "triton": NO_TRITON}
     for ask in (cpu.isa, lambda: cpu.set_isa("portable")):
         with pytest.raises(RuntimeError, match=r"^cpu backend: the native library was not built: "):
             ask()
@@ -317,11 +327,12 @@ def test_environment_variables(run_python):
     told = run_python(script, NMKERN_BACKEND="reference")
     assert told == (
         "reference (PyTorch) serves this call\n"
-        "cpu does not: reference is forced\ntriton does not: reference is forced\n"
+        "cpu does not: reference is forced\ncuda does not: reference is forced\n"
+        "triton does not: reference is forced\n"
     )
     told = run_python(script, check=False, NMKERN_BACKEND="fastest")
     assert told.endswith(
-        "ValueError: NMKERN_BACKEND: expected one of cpu, triton, reference, got 'fastest'\n"
+        "ValueError: NMKERN_BACKEND: expected one of cpu, cuda, triton, reference, got 'fastest'\n"
     )
 
 

@@ -1,13 +1,18 @@
-"""The triton backend compiled, on CUDA tensors: the formulas' checks, the error bound, CUDA graphs."""
+"""The triton and cuda backends on CUDA tensors: the formulas' checks, the error bound, CUDA graphs.
+
+The cuda backend twice: with the batches that its kernel is right for, others handed on, and with all of
+them, so that every kernel runs on every GPU.
+"""
 
 from functools import partial
 
 import pytest
 import torch
-from formula import KINDS, Expected, arguments, exact_matrix, generator, integers, normals, stored_weights
+from formula import KINDS, Expected, T, arguments, exact_matrix, generator, integers, normals, stored_weights
 
 import nmkern
-from nmkern import RandomMatrix, flynet, modulated_linear, sparse_project, stream
+from nmkern import RandomMatrix, explain, flynet, modulated_linear, sparse_project, stream
+from nmkern.backends import cuda, primitives
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,10 +22,23 @@ FAMILIES = tuple(stream.DENSE_FAMILIES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def compiled():
+@pytest.fixture
+def triton_backend():
     with nmkern.use_backend("triton"):
         yield
+
+
+@pytest.fixture(
+    params=["triton", *(pytest.param(n, marks=pytest.mark.cuda_library) for n in ("cuda", "cuda, all"))]
+)
+def dense_backend(request):
+    name, _, every = request.param.partition(", ")
+    with nmkern.use_backend(name):
+        if every:
+            cuda.set_most_rows(10**6)
+        yield name
+        if every:
+            cuda.set_most_rows(None)
 
 
 def run(x, matrix, named, dy):
@@ -40,7 +58,7 @@ def run(x, matrix, named, dy):
 @pytest.mark.parametrize(("rows", "kind"), list(zip((1, 5, 16, 17, 33, 64, 70, 130, 2), KINDS, strict=False)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_integers_give_exact_results_and_gradients(family, dtype, rows, kind):
+def test_integers_give_exact_results_and_gradients(dense_backend, family, dtype, rows, kind):
     g = generator(rows)
     wide = exact_matrix(family, 104, 156, -10)[3:, 7:]
     for matrix in (wide, exact_matrix(family, 156, 104, -10)[7:, 3:].T):
@@ -56,7 +74,7 @@ def test_integers_give_exact_results_and_gradients(family, dtype, rows, kind):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_float32_error_at_k_8192(family, transposed):
+def test_float32_error_at_k_8192(dense_backend, family, transposed):
     matrix = RandomMatrix(*((8192, 96) if transposed else (96, 8192)), seed=4, family=family)
     matrix = matrix.T if transposed else matrix
     for rows in (1, 33, 200):
@@ -67,7 +85,7 @@ def test_float32_error_at_k_8192(family, transposed):
 
 
 @pytest.mark.parametrize("rows", [4, 70])
-def test_a_call_can_be_captured_in_a_cuda_graph(rows):
+def test_a_call_can_be_captured_in_a_cuda_graph(dense_backend, rows):
     matrix = RandomMatrix(300, 4100, seed=1)
     x = normals((rows, 4100), generator(1), torch.bfloat16).cuda()
     want = modulated_linear(x, matrix)
@@ -78,16 +96,76 @@ def test_a_call_can_be_captured_in_a_cuda_graph(rows):
     assert torch.equal(y, want)
 
 
-def test_repeats_give_the_same_bits():
+def test_repeats_give_the_same_bits(dense_backend):
     matrix = RandomMatrix(8192, 8192, seed=1)
     x = normals((7, 8192), generator(1), torch.bfloat16).cuda()
     first = modulated_linear(x, matrix)
     assert all(torch.equal(modulated_linear(x, matrix), first) for _ in range(5))
 
 
+def test_a_context_out_of_range_reads_the_nearest_row(dense_backend):
+    g = generator(3)
+    matrix = exact_matrix("uniform", 7, 12)
+    x, bank = integers((4, 12), 2, g).cuda(), integers((T, 12), 2, g).cuda()
+    wrong, right = (torch.tensor(c).cuda() for c in ([0, -5, T, 2**40], [0, 0, T - 1, T - 1]))
+    found, want = (modulated_linear(x, matrix, in_gain=bank, context=c) for c in (wrong, right))
+    assert torch.equal(found, want)
+
+
+def test_every_device_and_stream(dense_backend):
+    """A call runs on the device of its tensors and on PyTorch's current stream there."""
+    matrix = RandomMatrix(300, 4100, seed=1)
+    x = normals((4, 4100), generator(1), torch.bfloat16)
+    want = modulated_linear(x.cuda(), matrix).cpu()
+    before = torch.cuda.current_device()
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.stream(torch.cuda.Stream(index)):
+            y = modulated_linear(x.to(f"cuda:{index}"), matrix)
+        torch.cuda.synchronize(index)
+        assert y.device.index == index and torch.equal(y.cpu(), want)
+    assert torch.cuda.current_device() == before
+
+
+@pytest.mark.cuda_library
+def test_batches_go_where_explain_says():
+    matrix = RandomMatrix(64, 96, seed=1)
+    most = cuda.most_rows()
+    assert most == (16 if torch.cuda.get_device_capability() == (9, 0) else 64)
+    for rows, backend in ((1, "cuda"), (most, "cuda"), (most + 1, "triton")):
+        assert explain(matrix, torch.bfloat16, "cuda", rows).backend == backend
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            modulated_linear(torch.ones(rows, 96, device="cuda", dtype=torch.bfloat16), matrix)
+        ran = {event.key for event in profile.key_averages() if event.key.startswith("nmkern::")}
+        assert ("nmkern::triton_modulated_matmul" in ran) == (backend == "triton")
+        assert "nmkern::cuda_modulated_matmul" in ran
+
+
+@pytest.mark.cuda_library
+@pytest.mark.parametrize("primitive", ["modulated_matmul", "modulated_matmul_gain_grad"])
+def test_opcheck(primitive):
+    g = generator(4)
+    matrix = exact_matrix("uniform", 4, 6)
+    x, bank = integers((5, 6), 2, g), integers((T, 6), 2, g)
+    values = [x, bank, None, None, torch.randint(T, (5,), generator=g)]
+    if primitive == "modulated_matmul_gain_grad":
+        values = [*values[:3], integers((5, 4), 2, g), values[4], T, True]
+    values = [v.cuda() if torch.is_tensor(v) else v for v in values]
+    values = [v.requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for v in values]
+    torch.library.opcheck(primitives.overload("cuda", primitive), (*values, *primitives.dense_args(matrix)))
+
+
+def test_a_compiled_graph_serves_batches_of_both(dense_backend):
+    torch._dynamo.reset()
+    matrix = exact_matrix("uniform", 9, 13)
+    compiled = torch.compile(modulated_linear, fullgraph=True, dynamic=True)
+    for rows in (4, 100, 7):
+        x = integers((rows, 13), 2, generator(rows))
+        assert torch.equal(compiled(x.cuda(), matrix).cpu(), (x.double() @ stored_weights(matrix).T).float())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fan_in", [1, 7, 33])
-def test_sparse_integers_are_exact(fan_in, dtype):
+def test_sparse_integers_are_exact(triton_backend, fan_in, dtype):
     matrix = RandomMatrix(500, 300, seed=5, family="sparse", fan_in=fan_in)[3:, 7:]
     weights = stored_weights(matrix)
     for rows in (1, 5, 17, 33, 130):
@@ -102,7 +180,7 @@ def test_sparse_integers_are_exact(fan_in, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["rademacher", "uniform"])
 @pytest.mark.parametrize("kind", ["vector", "bank", "rows"])
-def test_flynet_integers_are_exact(family, dtype, kind):
+def test_flynet_integers_are_exact(triton_backend, family, dtype, kind):
     """128 units, so that the mean is exact: see tests/ops/test_flynet.py for the bounds."""
     encoder = RandomMatrix(131, 45, seed=7, family="sparse", fan_in=3)[3:, 5:]
     rms = stream.DENSE_FAMILIES[family].rms
@@ -128,7 +206,7 @@ def test_flynet_integers_are_exact(family, dtype, kind):
         assert torch.equal(grad.cpu().double(), want_grad)
 
 
-def test_sparse_and_flynet_repeat_their_bits_and_can_be_captured():
+def test_sparse_and_flynet_repeat_their_bits_and_can_be_captured(triton_backend):
     encoder = RandomMatrix(7840, 784, seed=1, family="sparse", fan_in=7)
     decoder = RandomMatrix(10, 7840, seed=2, scale=0.01)
     g = generator(1)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import gpu, gpu_rows
 from benchmarks.__main__ import main
+from nmkern.backends import selection
 from nmkern.bench.clocks import CudaClock, Eager, HostClock
 from nmkern.bench.harness import Case, Report
 from nmkern.bench.plan import Row, follow
@@ -77,6 +78,26 @@ def test_the_whole_plan_is_what_the_targets_ask_for():
     assert gpu_rows.target(64, "uniform", torch.bfloat16) is None
 
 
+def test_both_backends_are_measured_around_the_border(monkeypatch):
+    """Each row runs with its backend forced, and cuda's own kernel for any number of rows."""
+    rows_set, before = [], selection.forced_backend()
+    monkeypatch.setattr(gpu_rows.cuda, "refusal", lambda *_: None)
+    monkeypatch.setattr(gpu_rows.cuda, "set_most_rows", rows_set.append)
+    seen = []
+    monkeypatch.setattr(
+        gpu_rows.cases, "product", lambda *args, **_: seen.append((args[2], selection.forced_backend()))
+    )
+    plan = gpu_rows.rows(Report(None, HostClock()), gpu_rows.Extent())
+    forced = [row for row in plan if " by " in row.label]
+    assert "linear, transposed M=32 8192x8192 bfloat16 uniform by cuda" in [row.label for row in forced]
+    monkeypatch.setattr(gpu_rows.cases, "Layer", lambda *_, **__: None)
+    for row in forced:
+        row.measure()
+    wanted = [(m, backend) for backend in ("triton", "cuda") for m in (8, 16, 32, 64) for _ in range(2)]
+    assert seen == wanted
+    assert rows_set == 8 * [2**20, None] and selection.forced_backend() == before
+
+
 class Ticks:
     """A clock that rows move."""
 
@@ -130,6 +151,25 @@ def test_after_the_loss_of_the_device_no_row_is_tried(tmp_path):
     assert tried == ["first"]
     assert outcome.failed == {"first": "RuntimeError: an illegal memory access"}
     assert outcome.left == {"second": "the device was lost"}
+
+
+@pytest.mark.parametrize(
+    ("library", "nvcc", "tests"),
+    [
+        (True, True, "gpu"),
+        (True, False, "gpu and not nvcc"),
+        (False, True, "gpu and not cuda_library"),
+        (False, False, "gpu and not cuda_library and not nvcc"),
+    ],
+)
+def test_what_cannot_be_here_is_not_asked_for(tmp_path, monkeypatch, capsys, library, nvcc, tests):
+    (tmp_path / "nmkern").mkdir()
+    if library:
+        (tmp_path / "nmkern/_cuda.so").touch()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/bin/nvcc" if nvcc else None)
+    assert gpu.gpu_tests() == ("-m", tests, "tests")
+    assert ("neither tested nor measured" in capsys.readouterr().out) == (tests != "gpu")
 
 
 @pytest.mark.slow

@@ -1,15 +1,9 @@
-// Runs the CUDA kernels' own code on a host, block by block, and holds it to the stream: no GPU is needed.
-//
-// Every lane is a fiber; a fiber that must wait for others (__syncthreads, mma.sync) yields. mma.sync
-// places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents, and
-// multiplies. Shared memory and partial sums start as NaN. Prints the number of cases and of kernels.
-#include <ucontext.h>
-
-#include <memory>
+// Runs the CUDA kernels' own code on a host and holds it to the stream. Prints the number of cases and of
+// kernels.
 #include <set>
 
-#include "../../csrc/cuda/skinny_plan.h"
 #include "skinny_cases.h"
+#include "skinny_simulated.h"
 
 namespace {
 
@@ -31,155 +25,6 @@ void check_layout() {
   }
 }
 
-struct Barrier {
-  int size, arrived = 0, round = 0;
-};
-
-struct WarpState {
-  Barrier barrier{kLanes};
-  uint32_t a[kLanes][4], b[kLanes][2];
-  double product[16][8];
-
-  void multiply() {
-    double left[16][16], right[16][8];
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int e = 0; e < 2; ++e) {
-        const auto value = [e](uint32_t reg) { return float_of(e ? reg & 0xFFFF0000 : reg << 16); };
-        for (int reg = 0; reg < 4; ++reg) left[a_row(lane, reg)][a_col(lane, reg, e)] = value(a[lane][reg]);
-        for (int reg = 0; reg < 2; ++reg) right[b_row(lane, reg, e)][b_col(lane)] = value(b[lane][reg]);
-      }
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 8; ++j) {
-        product[i][j] = 0;
-        for (int k = 0; k < 16; ++k) product[i][j] += left[i][k] * right[k][j];
-      }
-  }
-};
-
-constexpr NormalTable kTable = normal_table();
-
-struct Block {
-  uint32_t x, y, z;
-  ucontext_t scheduler;
-  Barrier barrier{kThreads};
-  WarpState warps[kWarps];
-  bool progress = false;
-};
-
-struct HostLane {
-  Block& block;
-  int thread_;
-  ucontext_t context{};
-  std::unique_ptr<char[]> stack;
-  bool done = false;
-
-  int thread() const { return thread_; }
-  int lane() const { return thread_ % kLanes; }
-  uint32_t block_x() const { return block.x; }
-  uint32_t block_y() const { return block.y; }
-  uint32_t block_z() const { return block.z; }
-  const NormalTable& table() const { return kTable; }
-
-  template <class Last>
-  void meet(Barrier& barrier, const Last& last) {
-    const int round = barrier.round;
-    block.progress = true;
-    if (++barrier.arrived == barrier.size) {
-      last();
-      barrier.arrived = 0;
-      ++barrier.round;
-    }
-    while (barrier.round == round) swapcontext(&context, &block.scheduler);
-  }
-
-  void wait() {
-    meet(block.barrier, [] {});
-  }
-
-  template <class C, int count>
-  void load(const unsigned char* x, int first, uint32_t (&b)[count][2]) const {
-    for (int i = 0; i < count; ++i) std::memcpy(b[i], x + C::x_offset(0, first + i), 8);
-    // Where the device loads 16 bytes, the second pair must lie behind the first.
-    if constexpr (C::kVector == 2 && count % 2 == 0)
-      for (int i = 0; i < count; i += 2)
-        if (C::x_offset(0, first + i + 1) != C::x_offset(0, first + i) + 8 ||
-            reinterpret_cast<uintptr_t>(x + C::x_offset(0, first + i)) % 16)
-          fail("a pair of pairs is no 16 bytes");
-  }
-
-  template <int pieces>
-  void load_elements(const uint16_t* x, uint32_t (&element)[pieces][2]) const {
-    if (reinterpret_cast<uintptr_t>(x) % (pieces % 2 ? 8 : 16)) fail("x is not aligned");
-    std::memcpy(element, x, sizeof element);
-  }
-
-  void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    WarpState& warp = block.warps[thread_ / kLanes];
-    std::memcpy(warp.a[lane()], a, sizeof a);
-    std::memcpy(warp.b[lane()], b, sizeof b);
-    meet(warp.barrier, [&] { warp.multiply(); });
-    for (int reg = 0; reg < 4; ++reg)
-      c[reg] = float(double{c[reg]} + warp.product[c_row(lane(), reg)][c_col(lane(), reg)]);
-  }
-
-  void store(float* to, float a, float b, float c, float d) const {
-    if (reinterpret_cast<uintptr_t>(to) % 16) fail("a store is not aligned");
-    const float values[] = {a, b, c, d};
-    std::memcpy(to, values, sizeof values);
-  }
-
-  static float rounded_sum(float a, float b) { return a + b; }
-  static float rounded_product(float a, float b) { return a * b; }
-};
-
-template <class C>
-struct Task {
-  const Product* product;
-  HostLane* lane;
-  unsigned char* shared;
-
-  static void enter(unsigned high, unsigned low) {
-    const auto& task = *reinterpret_cast<Task*>(uintptr_t{high} << 32 | low);
-    skinny_block<C>(*task.product, *task.lane, task.shared);
-    task.lane->done = task.lane->block.progress = true;
-    swapcontext(&task.lane->context, &task.lane->block.scheduler);
-  }
-};
-
-template <class C>
-void run_block(const Product& product, uint32_t x, uint32_t y, uint32_t z) {
-  constexpr size_t kStack = 256 << 10;
-  auto block = std::make_unique<Block>();
-  block->x = x, block->y = y, block->z = z;
-  std::vector<float> shared(C::kSharedBytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
-  const auto at = reinterpret_cast<uintptr_t>(shared.data());
-  auto* aligned = reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t{127});
-  std::vector<std::unique_ptr<HostLane>> lanes;
-  std::vector<Task<C>> tasks(kThreads);
-  for (int thread = 0; thread < kThreads; ++thread) {
-    lanes.emplace_back(new HostLane{*block, thread});
-    HostLane& lane = *lanes.back();
-    tasks[thread] = {&product, &lane, aligned};
-    lane.stack.reset(new char[kStack]);
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.get();
-    lane.context.uc_stack.ss_size = kStack;
-    lane.context.uc_link = nullptr;
-    const auto at = reinterpret_cast<uintptr_t>(&tasks[thread]);
-    makecontext(&lane.context, reinterpret_cast<void (*)()>(&Task<C>::enter), 2, unsigned(at >> 32),
-                unsigned(at));
-  }
-  for (bool left = true; left;) {
-    left = block->progress = false;
-    for (auto& lane : lanes)
-      if (!lane->done) {
-        swapcontext(&block->scheduler, &lane->context);
-        left = true;
-      }
-    if (left && !block->progress) fail("lanes wait for each other");
-  }
-}
-
 struct Simulate {
   const Skinny& call;
   std::set<std::string>& kernels;
@@ -192,17 +37,10 @@ struct Simulate {
     std::snprintf(name, sizeof name, "%x %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
                   C::kBatchTiles, C::kParts);
     kernels.insert(name);
-    Plan plan = plan_of<C>(call);
+    const Plan plan = plan_of<C>(call);
     most_splits = std::max(most_splits, plan.splits);
-    std::vector<float> scratch(plan.scratch_bytes() / 4 + 4, std::numeric_limits<float>::quiet_NaN());
-    auto* partial = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~15ul);
-    plan.product.partial = partial;
-    plan.finish.partial = partial;
-    for (uint32_t z = 0; z < plan.blocks_z; ++z)
-      for (uint32_t y = 0; y < plan.splits; ++y)
-        for (uint32_t x = 0; x < plan.blocks_x; ++x) run_block<C>(plan.product, x, y, z);
-    for (int64_t m = 0; m < call.batch; ++m)
-      for (int64_t n = 0; n < call.outputs(); ++n) finish_one<HostLane>(plan.finish, m, n);
+    std::vector<float> scratch(plan.scratch_bytes() / 4 + 4);
+    run_product<C>(call, reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~15ul));
   }
 };
 

@@ -15,15 +15,15 @@
 
 #include "../../csrc/cuda/skinny.h"
 
-namespace {
-
-using namespace nmkern;
-using namespace nmkern::cuda;
-
 [[noreturn]] void fail(const std::string& what) {
   std::printf("%s\n", what.c_str());
   std::exit(1);
 }
+
+namespace {
+
+using namespace nmkern;
+using namespace nmkern::cuda;
 
 // Memory that whoever runs the product can read.
 void* (*allocate_bytes)(size_t) = std::malloc;
@@ -64,6 +64,8 @@ void store_exact(void* data, Dtype dtype, int64_t at, float value) {
   }
 }
 
+enum class Grad { none, one, each, context };  // rows of gain_grad: one, one for each row, by context
+
 struct Case {
   Family family;
   bool transposed;
@@ -72,6 +74,8 @@ struct Case {
   bool modulated = false;  // gains, bias and contexts
   int64_t padding = 0;     // elements between rows of x
   int64_t stride = 1;      // between columns
+  Grad grad = Grad::none;
+  bool product = true;     // with grad: is y wanted
 };
 
 // The exact product by the definition; every step of it is an integer below 2^24.
@@ -110,19 +114,38 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   const int64_t contexts = 3;
   Buffer<float> in_gain(contexts * c.inputs), out_gain(c.batch * c.outputs), bias(c.outputs);
   Buffer<int64_t> context(c.batch);
-  for (float& v : in_gain) v = float(integer(300));
+  for (float& v : in_gain) v = float(integer(c.grad == Grad::none ? 300 : 3));
   for (float& v : out_gain) v = float(integer(2));
   for (float& v : bias) v = float(integer(100));
   for (int64_t& v : context) v = int64_t(random() % contexts);
-  const bool banks = c.batch % 2 != 0;  // in_gain by context, or a row of out_gain for every row of x
+  const auto nearest = context;
+  for (int64_t& v : context)  // some out of range: the nearest is read
+    if (random() % 2) v += v == 0 ? -5 : v == contexts - 1 ? int64_t{1} << 40 : 0;
+  // in_gain by context, or a row of out_gain for every row of x
+  const bool banks = c.grad == Grad::none ? c.batch % 2 != 0 : c.grad == Grad::context;
   if (c.modulated) {
     call.in_gain = {banks ? in_gain.data() : nullptr, contexts};
     call.context = banks ? context.data() : nullptr;
     call.out_gain = {out_gain.data(), banks ? 1 : c.batch};
-    call.bias = {bias.data(), 1};
+    if (c.grad == Grad::none) call.bias = {bias.data(), 1};
+  }
+  const int64_t grad_rows = c.grad == Grad::one ? 1 : c.grad == Grad::each ? c.batch : contexts;
+  Buffer<uint32_t> other(c.batch * c.outputs);  // every second element is not of it, but for float32
+  std::vector<double> want_grad(grad_rows * c.outputs), other_value(c.batch * c.outputs);
+  Buffer<float> grad(grad_rows * c.outputs,
+                     c.grad == Grad::context ? 0 : std::numeric_limits<float>::quiet_NaN());
+  if (c.grad != Grad::none) {
+    const int64_t other_stride = c.dtype == Dtype::float32 ? 1 : 2;
+    call.other = {other.data(), c.dtype, c.outputs * other_stride, other_stride};
+    call.gain_grad = {grad.data(), grad_rows};
+    if (c.grad == Grad::context) call.context = context.data();
+    for (size_t i = 0; i < other.size(); ++i) {
+      other_value[i] = integer(2);
+      store_exact(other.data(), c.dtype, int64_t(i) * other_stride, float(other_value[i]));
+    }
   }
   Buffer<float> y(c.batch * c.outputs, std::numeric_limits<float>::quiet_NaN());
-  call.y = {y.data(), Dtype::float32, c.outputs, 1};
+  if (c.product) call.y = {y.data(), Dtype::float32, c.outputs, 1};
   execute(call);
 
   std::vector<double> row(c.inputs);
@@ -133,11 +156,15 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
       double sum = 0;
       for (int64_t k = 0; k < c.inputs; ++k)
         sum += x[m * row_stride + k * c.stride] * row[k] *
-               (call.in_gain.data ? in_gain[context[m] * c.inputs + k] : 1.0f);
+               (call.in_gain.data ? in_gain[nearest[m] * c.inputs + k] : 1.0f);
       if (std::abs(sum) > 0x1p24) fail("the case itself is not exact");
       double want = sum * 0.5;
-      if (c.modulated) want = want * out_gain[banks ? n : m * c.outputs + n] + bias[n];
-      if (y[m * c.outputs + n] != want) {
+      const int64_t grad_row = c.grad == Grad::one ? 0 : c.grad == Grad::each ? m : nearest[m];
+      if (c.grad != Grad::none)
+        want_grad[grad_row * c.outputs + n] += other_value[m * c.outputs + n] * want;
+      if (c.modulated) want *= out_gain[banks ? n : m * c.outputs + n];
+      if (call.bias.data) want += bias[n];
+      if (c.product && y[m * c.outputs + n] != want) {
         char text[256];
         std::snprintf(text, sizeof text,
                       "family %x transposed %d offset %lld %lld K %lld N %lld M %lld dtype %d modulated %d: "
@@ -148,6 +175,13 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
         fail(text);
       }
     }
+  }
+  for (size_t i = 0; c.grad != Grad::none && i < want_grad.size(); ++i) {
+    if (std::abs(want_grad[i]) > 0x1p23) fail("the case itself is not exact");
+    if (grad[i] != want_grad[i])
+      fail("family " + std::to_string(unsigned(c.family)) + " M " + std::to_string(c.batch) + " grad " +
+           std::to_string(int(c.grad)) + ": gain_grad[" + std::to_string(i) + "] is " +
+           std::to_string(grad[i]) + ", expected " + std::to_string(want_grad[i]));
   }
 }
 
@@ -197,6 +231,15 @@ int64_t check_all(const Execute& execute) {
       run({family, transposed, 9, 35, 24, 17, 8, Dtype::bfloat16, true});   // no in_gain: a row for each row
       run({family, transposed, 9, 35, 24, 17, 9, Dtype::bfloat16, true});   // in_gain by context
       run({family, transposed, 9, 35, 24, 17, 35, Dtype::float32, true});
+      const auto run_grad = [&](int64_t outputs, int64_t batch, Dtype dtype, bool modulated, Grad grad,
+                                bool product) {
+        run({family, transposed, 3, 6, 40, outputs, batch, dtype, modulated, 0, 1, grad, product});
+      };
+      run_grad(33, 5, Dtype::bfloat16, false, Grad::one, true);
+      run_grad(70, 21, Dtype::float16, true, Grad::context, true);
+      run_grad(31, 64, Dtype::bfloat16, false, Grad::each, false);
+      run_grad(9, 17, Dtype::float32, true, Grad::each, true);
+      run_grad(1, 1, Dtype::float32, false, Grad::context, false);
     }
   return cases;
 }

@@ -238,7 +238,7 @@ def test_no_backend_for_the_call(operator, family):
             {"x": X.double()},
             RuntimeError,
             "no backend can serve this call: cpu: computes float32, bfloat16 and float16, not float64"
-            "; triton: cpu is forced; reference: cpu is forced",
+            "; cuda: cpu is forced; triton: cpu is forced; reference: cpu is forced",
         )
 
 

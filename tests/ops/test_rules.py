@@ -223,13 +223,17 @@ def test_opcheck(backend_once, primitive, kind, transposed, dtype):
 
 
 def test_every_registered_operator_is_checked():
-    """opcheck runs on the primitives of each backend: here, in test_sparse_projection and test_flynet."""
+    """opcheck runs on the primitives of each backend: here, in test_sparse_projection and test_flynet, and
+    for those that only a GPU has in tests/backends.
+    """
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nmkern::")}
     checked = {"modulated_matmul", "modulated_matmul_gain_grad", "sparse_matmul"}
     checked |= {"flynet_logits", "flynet_gain_grad"}
     # Those of the short way are behind no rule: test_eager sees to it that nothing traced reaches them.
     short = {f"nmkern::{name}" for name in packed.SCHEMAS}
-    assert registered == {f"nmkern::{b}_{p}" for b in selection.BACKENDS for p in checked} | short
+    defined = {f"nmkern::{b}_{p}" for p in checked for b in selection.backends_with(p)}
+    assert registered == defined | short
+    assert set(selection.backends_with("sparse_matmul")) == set(selection.BACKENDS) - {"cuda"}
 
 
 def test_the_first_call_of_a_process_may_be_compiled(run_python):

@@ -7,6 +7,8 @@ interpreter, where TRITON_INTERPRET=1 asks for it: slow, and there to test them 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,18 +53,16 @@ def kernel() -> str:
     return "triton (interpreted)" if _interpreted() else "triton"
 
 
-def _register() -> None:
-    """Give the operators their kernels, which are imported when first called."""
+def launcher(primitive: str) -> Callable[..., Any]:
+    """What launches the kernels of a primitive; it is imported when first called."""
+    module = f"nmkern.backends.triton.{_LAUNCHERS[primitive]}"
 
-    def lazily(primitive: str, module: str):
-        def call(*args):
-            return getattr(importlib.import_module(f"nmkern.backends.triton.{module}"), primitive)(*args)
+    def call(*args):
+        return getattr(importlib.import_module(module), primitive)(*args)
 
-        return call
-
-    for primitive, module in _LAUNCHERS.items():
-        for key in ("CUDA", "CPU"):
-            primitives.LIBRARY.impl(f"triton_{primitive}", lazily(primitive, module), key)
+    return call
 
 
-_register()
+for _primitive in _LAUNCHERS:
+    for _key in ("CUDA", "CPU"):
+        primitives.LIBRARY.impl(f"triton_{_primitive}", launcher(_primitive), _key)

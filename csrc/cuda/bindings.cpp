@@ -1,0 +1,164 @@
+// The CUDA library's face to PyTorch and to Python: the dense primitives of nmkern/backends/primitives.py for
+// CUDA tensors. Batches of more rows than the small-batch kernel is right for go on to Triton's operators.
+//
+// Nothing here waits for the device, and all memory is the caching allocator's, so that calls can be
+// captured in a CUDA graph. No symbol of CUDA is needed: the library loads beside any build of PyTorch.
+#include "../tensors.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <tuple>
+
+#include <dlfcn.h>
+
+#include "device.h"
+#include "skinny.h"
+
+namespace nmkern::cuda {
+namespace {
+
+void check(int error, const char* what) {
+  STD_TORCH_CHECK(error == 0, "cuda backend: ", what, ": ", error_text(error));
+}
+
+using CurrentStream = AOTITorchError (*)(int32_t, void**);
+
+// In PyTorch's library for CUDA, to which there is no link: a build without CUDA has none.
+// (torch_stream_native_handle, which every build has, came with 2.13.)
+CurrentStream find_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+  return reinterpret_cast<CurrentStream>(found);
+}
+
+void* current_stream(int32_t device) {
+  static const CurrentStream ask = find_current_stream();
+  STD_TORCH_CHECK(ask, "cuda backend: this PyTorch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+  return stream;
+}
+
+// What an operator of Triton's returns for the same arguments.
+template <class... Arguments>
+std::array<StableIValue, sizeof...(Arguments)> by_triton(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+bool is_small(const Tensor& x) {
+  int64_t most = 0;
+  check(most_rows(x.get_device_index(), &most), "asking for the GPU's compute capability");
+  return x.size(0) <= most;
+}
+
+// A call, whose x, gains and context are those of the primitives, on their device.
+struct Operation {
+  const Tensor& x;
+  torch::stable::Device device;
+  torch::stable::accelerator::DeviceGuard guard;
+  Banks banks;
+  Skinny call;
+
+  Operation(const Tensor& input, const std::optional<Tensor>& in_gain,
+            const std::optional<Tensor>& out_gain, const std::optional<Tensor>& context,
+            const Skinny& matrix)
+      : x(input), device(input.device()), guard(device.index()), call(matrix) {
+    call.batch = x.size(0);
+    call.x = matrix_of(x, "x", call.batch, call.inputs());
+    banks.kept.reserve(4);
+    call.in_gain = bank(in_gain, "in_gain", call.inputs(), context.has_value());
+    call.out_gain = bank(out_gain, "out_gain", call.outputs(), context.has_value());
+    if (context) is_here(*context, "context");
+    call.context = banks.context(context, call.batch);
+  }
+
+  void is_here(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(tensor.device() == device, name, ": expected the device of x");
+  }
+
+  Bank bank(const std::optional<Tensor>& tensor, const char* name, int64_t features, bool context) {
+    if (tensor) is_here(*tensor, name);
+    return banks.bank(tensor, name, features, call.batch, context);
+  }
+
+  // Overwritten, [rows, outputs] in the dtype of x.
+  Tensor result(int64_t rows) { return torch::stable::new_empty(x, {rows, call.outputs()}); }
+
+  void run() const {
+    constexpr int64_t kAlignment = 64;
+    Tensor scratch =
+        torch::stable::new_empty(x, {skinny_scratch(call) + kAlignment}, ScalarType::Byte);
+    const auto at = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
+    auto* aligned = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+    check(skinny_product(call, aligned, current_stream(device.index())), "launching a kernel");
+  }
+};
+
+Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
+                        std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
+                        int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
+                        int64_t cols, bool transposed, double factor) {
+  if (!is_small(x)) {
+    const auto found =
+        by_triton("nmkern::triton_modulated_matmul", x, in_gain, out_gain, bias, context, family, seed,
+                  row_offset, col_offset, rows, cols, transposed, factor);
+    return torch::stable::detail::to<Tensor>(found[0]);
+  }
+  Operation operation(
+      x, in_gain, out_gain, context,
+      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Skinny& call = operation.call;
+  call.bias = operation.bank(bias, "bias", call.outputs(), context.has_value());
+  Tensor y = operation.result(call.batch);
+  call.y = matrix_of(y, "y", call.batch, call.outputs());
+  operation.run();
+  return y;
+}
+
+std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
+    const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
+    const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
+    int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
+    bool transposed, double factor) {
+  if (!is_small(x)) {
+    const auto found = by_triton("nmkern::triton_modulated_matmul_gain_grad", x, in_gain, out_gain, other,
+                                 context, contexts, need_product, family, seed, row_offset, col_offset,
+                                 rows, cols, transposed, factor);
+    return {torch::stable::detail::to<Tensor>(found[0]), torch::stable::detail::to<Tensor>(found[1])};
+  }
+  Operation operation(
+      x, in_gain, out_gain, context,
+      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Skinny& call = operation.call;
+  operation.is_here(other, "other");
+  call.other = matrix_of(other, "other", call.batch, call.outputs());
+  STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ",
+                  call.batch, " without a context, got ", contexts);
+  Tensor grad = torch::stable::new_zeros(x, {contexts, call.outputs()}, ScalarType::Float);
+  call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};
+  Tensor product = operation.result(need_product ? call.batch : 0);
+  if (need_product) call.y = matrix_of(product, "product", call.batch, call.outputs());
+  operation.run();
+  return {product, grad};
+}
+
+}  // namespace
+}  // namespace nmkern::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(nmkern, CUDA, m) {
+  m.impl("cuda_modulated_matmul", TORCH_BOX(&nmkern::cuda::modulated_matmul));
+  m.impl("cuda_modulated_matmul_gain_grad", TORCH_BOX(&nmkern::cuda::modulated_matmul_gain_grad));
+}
+
+#define NMKERN_EXPORT extern "C" __attribute__((visibility("default")))
+
+NMKERN_EXPORT const char* nmkern_cuda_archs() { return nmkern::cuda::built_archs(); }
+// Null, or what is wrong.
+NMKERN_EXPORT const char* nmkern_cuda_most_rows(int device, int64_t* rows) {
+  const int error = nmkern::cuda::most_rows(device, rows);
+  return error ? nmkern::cuda::error_text(error) : nullptr;
+}
+NMKERN_EXPORT void nmkern_cuda_set_most_rows(int64_t rows) { nmkern::cuda::set_most_rows(rows); }

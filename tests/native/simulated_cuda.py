@@ -1,0 +1,224 @@
+"""The bindings of csrc/cuda run on CPU tensors, in a process of its own: see test_cuda_bindings.py.
+
+    python simulated_cuda.py LIBRARY STUB
+
+LIBRARY has the bindings and, for what they call, cuda_simulated.cpp; STUB stands for PyTorch's library for
+CUDA. Calls go to the operator's kernel for CUDA by name of its dispatch key. Prints "passed".
+"""
+
+import ctypes
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import torch
+from formula import KINDS, Expected, T, arguments, exact_matrix, generator, integers, stored_weights
+
+import nmkern
+from nmkern import stream
+from nmkern.backends import cuda, primitives, triton
+
+MATMUL = primitives.overload("cuda", "modulated_matmul")
+GAIN_GRAD = primitives.overload("cuda", "modulated_matmul_gain_grad")
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def matmul(x, matrix, in_gain=None, out_gain=None, bias=None, context=None):
+    args = primitives.dense_args(matrix)
+    return MATMUL.redispatch(CUDA, x, in_gain, out_gain, bias, context, *args)
+
+
+def gain_grad(x, other, matrix, contexts, context=None, in_gain=None, out_gain=None, product=True):
+    args = (x, in_gain, out_gain, other, context, contexts, product, *primitives.dense_args(matrix))
+    return GAIN_GRAD.redispatch(CUDA, *args)
+
+
+def bank(value):
+    return value if value is None or value.ndim == 2 else value[None]
+
+
+def check_the_formula(library):
+    """All kinds of gains, contexts, dtypes, both ways, ragged."""
+    before = library.simulated_products()
+    calls = 0
+    for family in stream.DENSE_FAMILIES:
+        for number, (rows, kind) in enumerate(zip((1, 3, 9, 16, 5, 12, 2, 7, 8), KINDS, strict=False)):
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[number % 3]
+            g = generator(number)
+            wide = exact_matrix(family, 40, 90, -10)[3:, 7:]
+            matrix = wide if number % 2 else exact_matrix(family, 90, 40, -10)[7:, 3:].T
+            x = integers((rows, 83), 1, g, dtype)
+            named = arguments(kind, (rows,), matrix, partial(integers, limit=2, generator=g), g)
+            named.pop("strength", None)
+            want = Expected(x, matrix, named, integers((rows, 37), 1, g, dtype)).y.to(dtype)
+            context = named.get("context")
+            gains = [named.get(name) for name in ("in_gain", "out_gain", "bias")]
+            if isinstance(context, int):
+                gains = [v[context] if v is not None and v.ndim == 2 else v for v in gains]
+                context = None
+            y = matmul(x, matrix, *(None if v is None else bank(v).float() for v in gains), context)
+            assert y.dtype == dtype and torch.equal(y, want), (family, kind, dtype)
+            calls += 1
+    assert library.simulated_products() == before + calls
+
+
+def check_tensors_of_any_layout():
+    g = generator(1)
+    matrix = exact_matrix("uniform", 21, 50)
+    weights = stored_weights(matrix)
+    x = integers((6, 50), 2, g)
+    context = torch.tensor([2, 2, 1, 1, 0, 0, 2, 2, 0, 0, 1, 1])[::2]
+    gain, out = integers((50, T), 2, g), integers((1, 21), 2, g)
+    want = ((x * gain.T[context]).double() @ weights.T * out).float()
+    for like in (x, x.T.contiguous().T, x.repeat(1, 2)[:, :50], x.repeat_interleave(2, 1)[:, ::2]):
+        assert torch.equal(matmul(like, matrix, gain.T, out.expand(6, 21), None, context), want)
+    every = integers((1, 50), 2, g).expand(6, 50)
+    assert torch.equal(matmul(every, matrix), (every.double() @ weights.T).float())
+    assert matmul(x[:0], matrix).shape == (0, 21)
+
+
+def check_contexts_out_of_range():
+    g = generator(2)
+    matrix = exact_matrix("uniform", 7, 12)
+    x, banks = integers((4, 12), 2, g), [integers((T, size), 2, g) for size in (12, 7, 7)]
+    wrong, right = torch.tensor([0, -5, T, 2**40]), torch.tensor([0, 0, T - 1, T - 1])
+    assert torch.equal(matmul(x, matrix, *banks, wrong), matmul(x, matrix, *banks, right))
+
+
+def check_gradients_of_gains():
+    """Every kind of bank, with the product and without, other in any layout; a context out of range."""
+    g = generator(4)
+    for number, (contexts, rows) in enumerate(((1, 7), (9, 9), (T, 16), (T, 1), (1, 1))):
+        matrix = exact_matrix("uniform", 21, 50)
+        context = torch.randint(T, (rows,), generator=g) if contexts == T else None
+        x, other = integers((rows, 50), 1, g), integers((21, rows), 2, g).T
+        banks = [integers((contexts, size), 2, g) for size in (50, 21)]
+        row = torch.arange(rows) % contexts if context is None else context
+        z = (x.double() * banks[0][row]) @ stored_weights(matrix).T
+        want = torch.zeros(contexts, 21, dtype=torch.float64).index_add_(0, row, other * z)
+        given = context if context is None else torch.where(context == T - 1, 2**40, context)
+        for wanted in (True, False):
+            product, grad = gain_grad(x, other, matrix, contexts, given, *banks, product=wanted)
+            assert torch.equal(grad.double(), want), (number, wanted)
+            assert product.shape == (rows if wanted else 0, 21)
+            assert not wanted or torch.equal(product.double(), z * banks[1][row])
+    product, grad = gain_grad(x[:0], other[:0], matrix, 1)
+    assert product.shape == (0, 21) and torch.equal(grad, torch.zeros(1, 21))
+
+
+def check_larger_batches(library):
+    """Are Triton's: the operators that it has, whatever serves there."""
+    matrix = exact_matrix("uniform", 7, 12)
+    handed = []
+
+    def taken(*args):
+        handed.append(args)
+        y = args[0].new_full((args[0].shape[0], 7), 3.0)
+        return y if len(args) == 13 else (y, args[0].new_full((T, 7), 5.0))
+
+    for primitive in ("modulated_matmul", "modulated_matmul_gain_grad"):
+        primitives.LIBRARY.impl(f"triton_{primitive}", taken, "CPU", allow_override=True)
+    g = generator(3)
+    context = torch.randint(T, (17,), generator=g)
+    x, gain, other = integers((17, 12), 2, g), integers((T, 12), 2, g), integers((17, 7), 2, g)
+    before = library.simulated_products()
+    assert torch.equal(matmul(x, matrix, gain, context=context), torch.full((17, 7), 3.0))
+    product, grad = gain_grad(x, other, matrix, T, context, gain)
+    assert torch.equal(product, torch.full((17, 7), 3.0)) and torch.equal(grad, torch.full((T, 7), 5.0))
+    first, second = handed
+    absent = (None, None)
+    for found, want in zip(first, (x, gain, *absent, context), strict=False):
+        assert found is want if want is None else torch.equal(found, want)
+    for found, want in zip(second, (x, gain, None, other, context), strict=False):
+        assert found is want if want is None else torch.equal(found, want)
+    assert first[5:] == primitives.dense_args(matrix)
+    assert second[5:] == (T, True, *primitives.dense_args(matrix))
+    assert library.simulated_products() == before
+    cuda.set_most_rows(70)
+    y = matmul(x.repeat(4, 1), matrix)
+    assert torch.equal(y, (x.repeat(4, 1).double() @ stored_weights(matrix).T).float())
+    assert (len(handed), library.simulated_products()) == (2, before + 1)
+    cuda.set_most_rows(16)
+
+
+def check_through_the_public_operator(library):
+    """Gradients, and one compiled graph for batches on both sides of the border. On CPU tensors, forced."""
+    for primitive, op in (("modulated_matmul", MATMUL), ("modulated_matmul_gain_grad", GAIN_GRAD)):
+        primitives.LIBRARY.impl(f"cuda_{primitive}", partial(op.redispatch, CUDA), "CPU")
+        launcher = triton.launcher(primitive)  # check_larger_batches left another
+        primitives.LIBRARY.impl(f"triton_{primitive}", launcher, "CPU", allow_override=True)
+    cuda.refusal = lambda *_: None
+    matrix = exact_matrix("uniform", 21, 50)
+    graphs = []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with nmkern.use_backend("cuda"):
+        compiled = torch.compile(nmkern.modulated_linear, fullgraph=True, dynamic=True, backend=counted)
+        for number, rows in enumerate((5, 20, 9, 16, 17)):
+            g = generator(number)
+            x, dy = integers((rows, 50), 2, g), integers((rows, 21), 2, g)
+            gain, bias = integers((50,), 2, g), integers((21,), 2, g)
+            named = {"in_gain": gain, "bias": bias}
+            want = Expected(x, matrix, named, dy)
+            leaves = [v.clone().requires_grad_() for v in (x, gain, bias)]
+            before = library.simulated_products()
+            y = nmkern.modulated_linear(leaves[0], matrix, in_gain=leaves[1], bias=leaves[2])
+            assert library.simulated_products() - before == (rows <= 16)
+            grads = torch.autograd.grad(y, leaves, dy)
+            assert library.simulated_products() - before == 2 * (rows <= 16)
+            assert torch.equal(y.detach(), want.y.float())
+            for name, grad in zip(("x", "in_gain", "bias"), grads, strict=True):
+                assert torch.equal(grad, want.grads[name].float()), name
+            assert torch.equal(compiled(x, matrix, in_gain=gain, bias=bias), want.y.float())
+    assert len(graphs) == 1
+
+
+def check_errors(library):
+    matrix = exact_matrix("uniform", 7, 12)
+    x = torch.ones(4, 12)
+    for refused, call in (
+        ("x: expected shape [4, 12]", lambda: matmul(x[:, 1:], matrix)),
+        ("x: expected float32, bfloat16 or float16", lambda: matmul(x.double(), matrix)),
+        ("in_gain: expected float32 of shape [contexts, 12]", lambda: matmul(x, matrix, x[:, 1:])),
+        ("bias: expected 1 or 4 rows", lambda: matmul(x, matrix, bias=torch.ones(3, 7))),
+        ("context: expected int64 of shape [4]", lambda: matmul(x, matrix, x, context=torch.zeros(3).long())),
+    ):
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        assert refused in str(raised.value)
+    library.simulated_error(7)
+    with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
+        matmul(x, matrix)
+    assert library.simulated_guards() == 0
+    assert matmul(x, matrix).shape == (4, 7)
+
+
+def main(path, stub):
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(path)
+    library.simulated_products.restype = ctypes.c_int64
+    cuda._load = lambda: (library, None)
+    if stub == "none":
+        with pytest.raises(RuntimeError, match="this PyTorch was built without CUDA"):
+            matmul(torch.ones(4, 12), exact_matrix("uniform", 7, 12))
+    else:
+        ctypes.CDLL(stub)
+        check_the_formula(library)
+        check_tensors_of_any_layout()
+        check_contexts_out_of_range()
+        check_gradients_of_gains()
+        check_larger_batches(library)
+        check_through_the_public_operator(library)
+        check_errors(library)
+    assert library.simulated_guards() == 0
+    print("passed")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
