@@ -52,7 +52,11 @@ struct Sweep {
     mean = static_cast<float*>(allocate(blocks * kBatch * 4));
     weights = static_cast<float*>(allocate(chunk * kSparseRows * net.classes * 4));
     decoded = static_cast<float*>(allocate(runtime.threads * decoded_floats() * 4));
-    auto* counts = static_cast<float*>(allocate((net.inputs + 1) * 4));
+    // How often each input is drawn: counted by every worker apart, in integers, so that any split gives the same.
+    // One worker, in floats: a step of 784 -> 7840 at batch 128 takes 1.05 ms instead of 1.01 (2 cores of Zen 4).
+    const int64_t bins = net.inputs + 1, count_grain = grain(kSparseRows * net.fan_in / 4);
+    const int64_t counters = workers(runtime, groups, count_grain);
+    auto* counts = static_cast<uint32_t*>(allocate(counters * bins * 4));
 
     Sparse encoder{};
     encoder.key = net.encoder_key;
@@ -65,13 +69,18 @@ struct Sweep {
     encoder.batch = net.batch;
     encoder.x = net.x;
     draw_columns(encoder, runtime, 0, groups, columns);
-    std::fill_n(counts, net.inputs + 1, 0.0f);
-    for (int64_t first = 0; first < net.hidden; first += k.lanes) {
-      const uint32_t* drawn = columns + first * net.fan_in;
-      const int64_t lanes = std::min<int64_t>(k.lanes, net.hidden - first);
-      for (int64_t s = 0; s < net.fan_in; ++s, drawn += k.lanes)
-        for (int64_t lane = 0; lane < lanes; ++lane) counts[drawn[lane]] += 1;
-    }
+    std::fill_n(counts, counters * bins, 0u);
+    parallel_for(runtime, groups, count_grain, [&](int64_t begin, int64_t end, int64_t worker) {
+      uint32_t* mine = counts + worker * bins;
+      for (int64_t first = begin * kSparseRows; first < end * kSparseRows; first += k.lanes) {
+        const uint32_t* drawn = columns + first * net.fan_in;
+        const int64_t lanes = std::min<int64_t>(k.lanes, net.hidden - first);
+        for (int64_t s = 0; s < net.fan_in; ++s, drawn += k.lanes)
+          for (int64_t lane = 0; lane < lanes; ++lane) ++mine[drawn[lane]];
+      }
+    });
+    for (int64_t worker = 1; worker < counters; ++worker)
+      for (int64_t i = 0; i < bins; ++i) counts[i] += counts[worker * bins + i];
     parallel_for(runtime, blocks, grain(2 * block_floats), [&](int64_t begin, int64_t end, int64_t) {
       for (int64_t b = begin; b < end; ++b) {
         float* to = x + b * block_floats;
@@ -80,7 +89,8 @@ struct Sweep {
         std::fill_n(sum, kBatch, 0.0f);
         for (int64_t i = 0; i < net.inputs; ++i) {
           if (counts[i] == 0) continue;  // not even a NaN of an input that no unit draws
-          for (int lane = 0; lane < kBatch; ++lane) sum[lane] += counts[i] * to[i * kBatch + lane];
+          const auto times = float(counts[i]);
+          for (int lane = 0; lane < kBatch; ++lane) sum[lane] += times * to[i * kBatch + lane];
         }
         for (int lane = 0; lane < kBatch; ++lane)
           sum[lane] = sum[lane] * net.encoder_factor / float(net.hidden);
