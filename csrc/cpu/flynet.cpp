@@ -129,10 +129,11 @@ struct Sweep {
     });
   }
 
-  // The hidden units of group g for block b.
-  void hidden(int64_t g, int64_t b, float* to) const {
-    k.fly.hidden(group_columns(g), net.fan_in, x + b * block_floats, mean + b * kBatch,
-                 net.encoder_factor, to);
+  // A kernel that computes the hidden units of group g for block b, with what it does of its own with them.
+  template <class Kernel, class... Arguments>
+  void run(Kernel kernel, int64_t g, int64_t b, Arguments... arguments) const {
+    kernel(group_columns(g), net.fan_in, x + b * block_floats, mean + b * kBatch, net.encoder_factor,
+           arguments...);
   }
 
   int64_t bank_row(const Bank& bank, int64_t m) const {
@@ -159,7 +160,12 @@ void flynet_logits(const FlyNet& net, const Runtime& runtime) {
         if (g0 == 0) std::fill_n(sum, net.classes * kBatch, 0.0f);
         for (int64_t g = 0; g < count; ++g) {
           const int64_t first = (g0 + g) * kSparseRows, units = sweep.units(g0 + g);
-          sweep.hidden(g0 + g, b, hidden);
+          const float* weights = sweep.weights + g * kSparseRows * net.classes;
+          if (net.gain.rows == 1 && net.classes <= sweep.k.fly.classes) {
+            sweep.run(sweep.k.fly.logits, g0 + g, b, net.gain.data + first, weights, units, net.classes, sum);
+            continue;
+          }
+          sweep.run(sweep.k.fly.hidden, g0 + g, b, hidden);
           if (net.gain.rows == 1) {
             std::copy_n(net.gain.data + first, units, gain);
           } else {
@@ -170,8 +176,7 @@ void flynet_logits(const FlyNet& net, const Runtime& runtime) {
               for (int64_t u = 0; u < units; ++u) hidden[u * kBatch + lane] *= row[u];
             }
           }
-          sweep.k.fly.readout(hidden, gain, sweep.weights + g * kSparseRows * net.classes, units,
-                              net.classes, sum);
+          sweep.k.fly.readout(hidden, gain, weights, units, net.classes, sum);
         }
       }
     });
@@ -202,11 +207,9 @@ void flynet_gain_grad(const FlyNet& net, const Runtime& runtime) {
         const int64_t first = (g0 + g) * kSparseRows, units = sweep.units(g0 + g);
         std::fill_n(total, kSparseRows * kBatch, 0.0f);
         for (int64_t b = 0; b < sweep.blocks; ++b) {
-          sweep.hidden(g0 + g, b, product);
           const bool one = net.gain_grad.rows == 1;
-          sweep.k.fly.pullback(d_logits + b * d_floats,
-                               sweep.weights + g * kSparseRows * net.classes, net.classes, product,
-                               one ? total : nullptr);
+          sweep.run(sweep.k.fly.products, g0 + g, b, d_logits + b * d_floats,
+                    sweep.weights + g * kSparseRows * net.classes, net.classes, one, one ? total : product);
           if (one) continue;
           for (int64_t lane = 0; lane < sweep.rows(b); ++lane) {
             float* row = net.gain_grad.data +

@@ -7,77 +7,120 @@
 namespace nmkern::cpu {
 namespace {
 
-// hidden[unit][lane] = max(0, factor * sum over the unit's columns k: x[k][lane] - mean[lane])
+// max(0, factor * sum over a unit's columns k: x[k][lane] - mean[lane]), from column `lane` of S::lanes
+template <class S>
+struct HiddenUnit {
+  const int64_t fan_in;
+  const float* const x;
+  const Batch<S> center;
+  const typename S::F scale;
+
+  HiddenUnit(int64_t drawn, const float* rows, const float* mean, float factor)
+      : fan_in(drawn), x(rows), center(Batch<S>::load(mean)), scale(S::broadcast(&factor)) {}
+
+  NMKERN_INLINE Batch<S> operator()(const uint32_t* column) const {
+    auto sum = Batch<S>::load(x + int64_t{*column} * kBatch);
+    for (int64_t s = 1; s < fan_in; ++s)
+      sum += Batch<S>::load(x + int64_t{column[s * S::lanes]} * kBatch);
+    unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT {
+      sum.part[i] = S::relu(S::subtract(S::multiply(sum.part[i], scale), center.part[i]));
+    });
+    return sum;
+  }
+  // The columns of unit h of a group.
+  const uint32_t* columns(const uint32_t* group, int64_t h) const {
+    return group + h / S::lanes * S::lanes * fan_in + h % S::lanes;
+  }
+};
+
 template <class S>
 void fly_hidden(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean,
                 float factor, float* hidden) {
-  const auto center = Batch<S>::load(mean);
-  const auto scale = S::broadcast(&factor);
-  for (int64_t first = 0; first < kSparseRows; first += S::lanes, columns += fan_in * S::lanes) {
-    for (int lane = 0; lane < S::lanes; ++lane, hidden += kBatch) {
-      auto sum = Batch<S>::load(x + int64_t{columns[lane]} * kBatch);
-      for (int64_t s = 1; s < fan_in; ++s)
-        sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
-      unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT {
-        sum.part[i] = S::relu(S::subtract(S::multiply(sum.part[i], scale), center.part[i]));
-      });
-      sum.store(hidden);
-    }
-  }
+  const HiddenUnit<S> unit(fan_in, x, mean, factor);
+  for (int64_t h = 0; h < kSparseRows; ++h) unit(unit.columns(columns, h)).store(hidden + h * kBatch);
+}
+
+template <class S>
+constexpr int kFlyClasses = S::lanes == kBatch ? 12 : 4;  // classes that registers hold sums for
+
+// sums[class] += weights[class] * value * gain
+template <class S, int Classes>
+NMKERN_INLINE void add_readout(Batch<S> (&sum)[Classes], const float* weights, Batch<S> value, const float* gain) {
+  const auto g = S::broadcast(gain);
+  unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT { value.part[p] = S::multiply(value.part[p], g); });
+  unroll<Classes>([&](auto i) NMKERN_FLAT {
+    const auto w = S::broadcast(weights + i);
+    unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
+      sum[i].part[p] = S::fma(w, value.part[p], sum[i].part[p]);
+    });
+  });
 }
 
 // sums[class][lane] += sum over units: weights[unit][class] * gain[unit] * hidden[unit][lane]
 template <class S>
 void fly_readout(const float* hidden, const float* gain, const float* weights, int64_t units,
                  int64_t classes, float* sums) {
-  constexpr int kClasses = S::lanes == kBatch ? 12 : 4;  // classes that registers hold sums for
-  const int64_t chunks = (classes + kClasses - 1) / kClasses;
+  const int64_t chunks = (classes + kFlyClasses<S> - 1) / kFlyClasses<S>;
   const int64_t chunk = (classes + chunks - 1) / chunks;
   for (int64_t c = 0; c < classes; c += chunk) {
-    with_rows<kClasses>(int(classes - c < chunk ? classes - c : chunk), [&](auto n) NMKERN_FLAT {
+    with_rows<kFlyClasses<S>>(int(classes - c < chunk ? classes - c : chunk), [&](auto n) NMKERN_FLAT {
       constexpr int kNow = decltype(n)::value;
       Batch<S> sum[kNow];
       unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i] = Batch<S>::load(sums + (c + i) * kBatch); });
-      for (int64_t h = 0; h < units; ++h) {
-        auto value = Batch<S>::load(hidden + h * kBatch);
-        const auto g = S::broadcast(gain + h);
-        unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT { value.part[p] = S::multiply(value.part[p], g); });
-        unroll<kNow>([&](auto i) NMKERN_FLAT {
-          const auto w = S::broadcast(weights + h * classes + c + i);
-          unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
-            sum[i].part[p] = S::fma(w, value.part[p], sum[i].part[p]);
-          });
-        });
-      }
+      for (int64_t h = 0; h < units; ++h)
+        add_readout<S, kNow>(sum, weights + h * classes + c, Batch<S>::load(hidden + h * kBatch), gain + h);
       unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i].store(sums + (c + i) * kBatch); });
     });
   }
 }
 
-// hidden[unit][lane] *= sum over classes: weights[unit][class] * d_logits[class][lane]
-// Where there is a total, the products are added to it instead.
+// hidden and readout at once, for at most kFlyClasses classes: loads of one are in flight while the other multiplies.
 template <class S>
-void fly_pullback(const float* d_logits, const float* weights, int64_t classes, float* hidden,
-                  float* total) {
-  constexpr int kUnits = 4;  // chains of dependent sums that run side by side
+void fly_logits(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean, float factor,
+                const float* gain, const float* weights, int64_t units, int64_t classes, float* sums) {
+  const HiddenUnit<S> unit(fan_in, x, mean, factor);
+  with_rows<kFlyClasses<S>>(int(classes), [&](auto n) NMKERN_FLAT {
+    constexpr int kNow = decltype(n)::value;
+    Batch<S> sum[kNow];
+    unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i] = Batch<S>::load(sums + i * kBatch); });
+    for (int64_t h = 0; h < units; ++h)
+      add_readout<S, kNow>(sum, weights + h * classes, unit(unit.columns(columns, h)), gain + h);
+    unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i].store(sums + i * kBatch); });
+  });
+}
+
+constexpr int kUnits = 4;  // chains of dependent sums that run side by side
+
+// sum[unit][lane] += sum over classes: weights[unit][class] * d_logits[class][lane]
+
+template <class S>
+NMKERN_INLINE void pull_back(Batch<S> (&sum)[kUnits], const float* d_logits, const float* weights, int64_t classes) {
+  for (int64_t c = 0; c < classes; ++c) {
+    const auto d = Batch<S>::load(d_logits + c * kBatch);
+    unroll<kUnits>([&](auto u) NMKERN_FLAT {
+      const auto w = S::broadcast(weights + u * classes + c);
+      unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
+        sum[u].part[p] = S::fma(w, d.part[p], sum[u].part[p]);
+      });
+    });
+  }
+}
+
+// products[unit][lane], added to where `add`, = hidden[unit][lane] * sum over classes: weights[unit][class] * d_logits[class][lane]
+template <class S>
+void fly_products(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean, float factor,
+                  const float* d_logits, const float* weights, int64_t classes, bool add, float* products) {
+  const HiddenUnit<S> unit(fan_in, x, mean, factor);
   for (int64_t h = 0; h < kSparseRows; h += kUnits, weights += kUnits * classes) {
     Batch<S> sum[kUnits] = {};
-    for (int64_t c = 0; c < classes; ++c) {
-      const auto d = Batch<S>::load(d_logits + c * kBatch);
-      unroll<kUnits>([&](auto u) NMKERN_FLAT {
-        const auto w = S::broadcast(weights + u * classes + c);
-        unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
-          sum[u].part[p] = S::fma(w, d.part[p], sum[u].part[p]);
-        });
-      });
-    }
+    pull_back<S>(sum, d_logits, weights, classes);
     unroll<kUnits>([&](auto u) NMKERN_FLAT {
-      auto value = Batch<S>::load(hidden + (h + u) * kBatch);
+      auto value = unit(unit.columns(columns, h + u));
       unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
         value.part[p] = S::multiply(value.part[p], sum[u].part[p]);
       });
-      float* to = (total ? total : hidden) + (h + u) * kBatch;
-      if (total) value += Batch<S>::load(to);
+      float* to = products + (h + u) * kBatch;
+      if (add) value += Batch<S>::load(to);
       value.store(to);
     });
   }
@@ -85,7 +128,7 @@ void fly_pullback(const float* d_logits, const float* weights, int64_t classes, 
 
 template <class S>
 constexpr FlyKernels fly_kernels() {
-  return {fly_hidden<S>, fly_readout<S>, fly_pullback<S>};
+  return {kFlyClasses<S>, fly_hidden<S>, fly_readout<S>, fly_logits<S>, fly_products<S>};
 }
 
 // The table of an instruction set, whose dense products are `run`.

@@ -83,14 +83,17 @@ struct SparseKernels {
   void (*from_lanes)(const float* lanes, float* rows);
 };
 
-// See flynet_tile.h; hidden and total are [kSparseRows][kBatch], weights [kSparseRows][classes].
+// See flynet_tile.h; hidden and products are [kSparseRows][kBatch], weights [kSparseRows][classes].
 struct FlyKernels {
+  int classes;  // that `logits` takes at most
   void (*hidden)(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean,
                  float factor, float* hidden);
   void (*readout)(const float* hidden, const float* gain, const float* weights, int64_t units,
                   int64_t classes, float* sums);
-  void (*pullback)(const float* d_logits, const float* weights, int64_t classes, float* hidden,
-                   float* total);
+  void (*logits)(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean, float factor,
+                 const float* gain, const float* weights, int64_t units, int64_t classes, float* sums);
+  void (*products)(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean, float factor,
+                   const float* d_logits, const float* weights, int64_t classes, bool add, float* products);
 };
 
 struct Kernels {
