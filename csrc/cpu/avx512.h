@@ -20,7 +20,7 @@ struct Avx512 {
   using ColumnHasher = cpu::ColumnHasher<Avx512>;
   static constexpr int lanes = 16;
   static constexpr int max_block = 6;  // 24 sums, 4 weights, 1 x, 1 to 3 constants of 32 registers
-  static constexpr int tile_block = 4;
+  static constexpr int tile_block = 4;  // 16 sums: leaves room for a hash, see multiply_replacing
   static constexpr int fused_block = 6;
   static constexpr bool interleaved = true;
   static constexpr int unrolled_chunks = 2;  // all of rademacher took the compiler 78 s for one file, now 29

@@ -19,8 +19,8 @@ constexpr int64_t kPackedBytes = 16 << 20;  // bounds the packed x, and so the s
 constexpr int64_t kFewTiles = 8;
 // Rows of x that a tile is generated for: their share of a run of x (128 KiB) and their sums (32 to 64) stay
 // in L2 while the tile sweeps over the runs. All 1024 rows at once: 0 to 2 % slower in float32 on Zen 3; on
-// Zen 5 bfloat16 lost a fifth of its speed from M = 256 to 1024, which 256 rows at a time should keep (not
-// measured there yet). 128 rows generate more: 5 % slower.
+// Zen 5 bfloat16 lost a fifth of its speed from M = 256 to 1024. So on Zen 4 M = 256, 512 and 1024 take 78, 159
+// and 320 to 339 ms (8192 x 8192). 128 rows generate more: 5 % slower.
 constexpr int64_t kPartRows = 256;
 
 struct Launch {
