@@ -13,7 +13,7 @@
 #include <dlfcn.h>
 
 #include "device.h"
-#include "skinny.h"
+#include "dense.h"
 
 namespace nmkern::cuda {
 namespace {
@@ -60,11 +60,11 @@ struct Operation {
   torch::stable::Device device;
   torch::stable::accelerator::DeviceGuard guard;
   Banks banks;
-  Skinny call;
+  Dense call;
 
   Operation(const Tensor& input, const std::optional<Tensor>& in_gain,
             const std::optional<Tensor>& out_gain, const std::optional<Tensor>& context,
-            const Skinny& matrix)
+            const Dense& matrix)
       : x(input), device(input.device()), guard(device.index()), call(matrix) {
     call.batch = x.size(0);
     call.x = matrix_of(x, "x", call.batch, call.inputs());
@@ -109,8 +109,8 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
   }
   Operation operation(
       x, in_gain, out_gain, context,
-      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
-  Skinny& call = operation.call;
+      product_of<Dense>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Dense& call = operation.call;
   call.bias = operation.bank(bias, "bias", call.outputs(), context.has_value());
   Tensor y = operation.result(call.batch);
   call.y = matrix_of(y, "y", call.batch, call.outputs());
@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   }
   Operation operation(
       x, in_gain, out_gain, context,
-      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
-  Skinny& call = operation.call;
+      product_of<Dense>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Dense& call = operation.call;
   operation.is_here(other, "other");
   call.other = matrix_of(other, "other", call.batch, call.outputs());
   STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ",

@@ -22,6 +22,11 @@ constexpr bool serves(std::string_view archs, int major, int minor) {
   return false;
 }
 
+// Whether machine code for any of `archs` has wgmma for it.
+constexpr bool has_wgmma(std::string_view archs, int major, int minor) {
+  return major == 9 && minor == 0 && (',' + std::string(archs) + ',').find(",90a,") != std::string::npos;
+}
+
 // Rows of a batch up to which the small-batch kernel is the right one: mma.sync, which it uses, reaches all
 // of the tensor cores' rate before Hopper, and perhaps 60 to 75 % there.
 constexpr int64_t rows_of(int major) { return major == 9 ? 16 : 64; }

@@ -19,11 +19,11 @@ int64_t products = 0;
 
 namespace nmkern::cuda {
 
-int64_t skinny_scratch(const Skinny& call) {
+int64_t skinny_scratch(const Dense& call) {
   return call.batch == 0 ? 0 : with_config(call, [&]<class C>() { return plan_of<C>(call).scratch_bytes(); });
 }
 
-int skinny_product(const Skinny& call, void* scratch, void* stream) {
+int skinny_product(const Dense& call, void* scratch, void* stream) {
   if (const int error = next_error) {
     next_error = 0;
     return error;

@@ -19,7 +19,7 @@ void* allocate_managed(size_t bytes) {
   return at;
 }
 
-void execute(const Skinny& call) {
+void execute(const Dense& call) {
   const int64_t bytes = skinny_scratch(call);
   struct {
     float* data;

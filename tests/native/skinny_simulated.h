@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -51,18 +52,23 @@ constexpr NormalTable kTable = normal_table();
 
 struct Block {
   uint32_t x, y, z;
-  ucontext_t scheduler;
-  Barrier barrier{kThreads};
-  WarpState warps[kWarps];
+  int threads;
+  ucontext_t scheduler{};
+  Barrier barrier{threads};
+  std::vector<WarpState> warps = std::vector<WarpState>(threads / kLanes);
   bool progress = false;
 };
 
 struct HostLane {
+  struct Shared : Block {};  // what the lanes of a block share
+  static constexpr int kBlock = kThreads;
   Block& block;
   int thread_;
   ucontext_t context{};
   std::unique_ptr<char[]> stack;
   bool done = false;
+
+  HostLane(Block& block, int thread) : block(block), thread_(thread) {}
 
   int thread() const { return thread_; }
   int lane() const { return thread_ % kLanes; }
@@ -123,10 +129,10 @@ struct HostLane {
   static float rounded_product(float a, float b) { return a * b; }
 };
 
-template <class Body>
+template <class Lane, class Body>
 struct Task {
   const Body* body;
-  HostLane* lane;
+  Lane* lane;
   unsigned char* shared;
 
   static void enter(unsigned high, unsigned low) {
@@ -137,20 +143,20 @@ struct Task {
   }
 };
 
-// body(lane, shared) of every thread of a block.
-template <class Body>
+// body(lane, shared) of every thread of a block; the lanes' type has a Block of its own, derived from Block.
+template <class Lane = HostLane, class Body>
 void run_block(int shared_bytes, uint32_t x, uint32_t y, uint32_t z, const Body& body) {
   constexpr size_t kStack = 256 << 10;
-  auto block = std::make_unique<Block>();
-  block->x = x, block->y = y, block->z = z;
+  auto block = std::make_unique<typename Lane::Shared>(typename Lane::Shared{{x, y, z, Lane::kBlock}});
+  constexpr int kThreads = Lane::kBlock;
   std::vector<float> shared(shared_bytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
   const auto at = reinterpret_cast<uintptr_t>(shared.data());
   auto* aligned = reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t{127});
-  std::vector<std::unique_ptr<HostLane>> lanes;
-  std::vector<Task<Body>> tasks(kThreads);
+  std::vector<std::unique_ptr<Lane>> lanes;
+  std::vector<Task<Lane, Body>> tasks(kThreads);
   for (int thread = 0; thread < kThreads; ++thread) {
-    lanes.emplace_back(new HostLane{*block, thread});
-    HostLane& lane = *lanes.back();
+    lanes.emplace_back(new Lane(*block, thread));
+    Lane& lane = *lanes.back();
     tasks[thread] = {&body, &lane, aligned};
     lane.stack.reset(new char[kStack]);
     getcontext(&lane.context);
@@ -158,24 +164,44 @@ void run_block(int shared_bytes, uint32_t x, uint32_t y, uint32_t z, const Body&
     lane.context.uc_stack.ss_size = kStack;
     lane.context.uc_link = nullptr;
     const auto at = reinterpret_cast<uintptr_t>(&tasks[thread]);
-    makecontext(&lane.context, reinterpret_cast<void (*)()>(&Task<Body>::enter), 2, unsigned(at >> 32),
+    makecontext(&lane.context, reinterpret_cast<void (*)()>(&Task<Lane, Body>::enter), 2, unsigned(at >> 32),
                 unsigned(at));
   }
-  for (bool left = true, forward = true; left; forward = !forward) {  // whose turn is first is nobody's to know
+  // Whose turn is first, and who is late, is nobody's to know: for some passes at a time, some warps stand still.
+  static std::mt19937 random(3);
+  uint32_t late = 0;
+  bool all = false;
+  for (int pass = 0, left = 1; left; ++pass) {
+    if (pass % 16 == 0) late = uint32_t(random());
     left = block->progress = false;
     for (int turn = 0; turn < kThreads; ++turn) {
-      HostLane& lane = *lanes[forward ? turn : kThreads - 1 - turn];
+      const int thread = pass % 2 ? kThreads - 1 - turn : turn;
+      Lane& lane = *lanes[thread];
       if (lane.done) continue;
-      swapcontext(&block->scheduler, &lane.context);
       left = true;
+      if (all || !(late >> thread / kLanes & 1)) swapcontext(&block->scheduler, &lane.context);
     }
-    if (left && !block->progress) fail("lanes wait for each other");
+    if (left && !block->progress && all) fail("lanes wait for each other");
+    all = !block->progress;
   }
+}
+
+// The second stage, as launch_finish.
+inline void run_finish(const Finish& f) {
+  if (f.gain_grad.data) {
+    for (uint32_t x = 0; x < ceil_div(f.outputs, kLanes); ++x)
+      run_block(kFinishRows * kLanes * 4, x, 0, 0, [&](HostLane& lane, unsigned char* shared) {
+        finish_with_gradient(f, lane, reinterpret_cast<float*>(shared));
+      });
+    return;
+  }
+  for (int64_t m = 0; m < f.batch; ++m)
+    for (int64_t n = 0; n < f.outputs; ++n) finish_one<HostLane>(f, m, n, unmodulated<HostLane>(f, m, n));
 }
 
 // The product of a call with `partial`, 16-byte aligned, for its partial sums.
 template <class C>
-void run_product(const Skinny& call, float* partial) {
+void run_product(const Dense& call, float* partial) {
   Plan plan = plan_of<C>(call);
   std::fill_n(partial, plan.scratch_bytes() / 4, std::numeric_limits<float>::quiet_NaN());
   plan.product.partial = partial;
@@ -186,16 +212,7 @@ void run_product(const Skinny& call, float* partial) {
         run_block(C::kSharedBytes, x, y, z, [&](HostLane& lane, unsigned char* shared) {
           skinny_block<C>(plan.product, lane, shared);
         });
-  if (call.gain_grad.data) {
-    for (uint32_t x = 0; x < ceil_div(call.outputs(), kLanes); ++x)
-      run_block(kFinishRows * kLanes * 4, x, 0, 0, [&](HostLane& lane, unsigned char* shared) {
-        finish_with_gradient(plan.finish, lane, reinterpret_cast<float*>(shared));
-      });
-    return;
-  }
-  for (int64_t m = 0; m < call.batch; ++m)
-    for (int64_t n = 0; n < call.outputs(); ++n)
-      finish_one<HostLane>(plan.finish, m, n, unmodulated<HostLane>(plan.finish, m, n));
+  run_finish(plan.finish);
 }
 
 }  // namespace
