@@ -59,15 +59,16 @@ def target(m: int, family: str, dtype: torch.dtype) -> float | None:
 
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """One backend; of cuda its own kernel, however many rows."""
+    """One backend; of cuda its own kernels, however many rows."""
     with use_backend(backend):
-        if backend == "cuda":
-            cuda.set_most_rows(2**20)
+        hands_on = backend == "cuda" and not cuda.kernels().wide
+        if hands_on:
+            cuda.set_small_rows(2**20)
         try:
             yield
         finally:
-            if backend == "cuda":
-                cuda.set_most_rows(None)
+            if hands_on:
+                cuda.set_small_rows(None)
 
 
 def by(backend: str, rows: Iterator[Row]) -> Iterator[Row]:

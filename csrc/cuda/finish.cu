@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "machine.cuh"
+#include "machine.h"
 
 namespace nmkern::cuda {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "machine.cuh"
+#include "machine.h"
 #include "skinny_kernel.h"
 #include "skinny_plan.h"
 

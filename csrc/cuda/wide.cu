@@ -5,7 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "device.h"
-#include "machine.cuh"
+#include "machine.h"
 #include "wgmma.h"
 #include "wide_plan.h"
 
@@ -85,6 +85,10 @@ struct Hopper : Warp {
     cuda::multiply(d, a, b);
   }
 
+  NMKERN_DEVICE void load_four(const float* from, float (&value)[4]) const {
+    const float4 v = __ldg(reinterpret_cast<const float4*>(from));
+    value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+  }
   NMKERN_DEVICE void store_packed(uint16_t* to, const uint32_t (&pair)[4]) const {
     *reinterpret_cast<uint4*>(to) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }

@@ -43,9 +43,8 @@ struct WideProduct {
   int64_t turns;             // of the whole reduction
   int64_t split_turns;       // of a split
   int64_t output_blocks, batch_blocks, tiles;
-  float* partial;            // [splits, M, partial_stride], or null: the sums become y
+  float* partial;            // [splits, M, partial_stride], or null: the sums become y, if in_fours says so
   int64_t partial_stride;
-  bool fours;                // y takes four outputs of a lane in one store
   Finish finish;
 };
 
@@ -104,7 +103,7 @@ struct Pack {
   int64_t skip;              // elements of the first patch before x: zeros, as what follows it
   uint16_t* to;              // [parts, M, row_stride]
   int64_t row_stride;        // a multiple of kPacked
-  int64_t count() const { return batch * (row_stride / kPacked); }
+  NMKERN_HD int64_t count() const { return batch * (row_stride / kPacked); }
 };
 
 // Elements `at` * kPacked and on of x, in one store for each part.
@@ -121,6 +120,17 @@ NMKERN_DEVICE void pack_x(const Pack& p, const Machine& machine, int64_t at) {
     for (int i = 0; i < kPacked / 2; ++i) pair[i] = half[2 * i][part] | half[2 * i + 1][part] << 16;
     machine.store_packed(p.to + (part * p.batch + m) * p.row_stride + first, pair);
   }
+}
+
+// Whether y, out_gain and bias take four outputs at a time; what does not is finish.h's to write. Both in one
+// kernel were 12,000 instructions for each of 36, and a minute of the compiler's time.
+inline bool in_fours(const Finish& f) {
+  const auto aligned = [](const void* data, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+  };
+  return f.y.data && f.y.col_stride == 1 && f.y.row_stride % 4 == 0 && f.outputs % 4 == 0 && f.skip % 4 == 0 &&
+         aligned(f.y.data, f.y.dtype == Dtype::float32 ? 16 : 8) && aligned(f.out_gain.data, 16) &&
+         aligned(f.bias.data, 16);
 }
 
 // The tile that a block takes: which outputs, rows and turns. Outputs run fastest, so that blocks at work at
@@ -262,44 +272,34 @@ NMKERN_DEVICE void generate(const WideProduct& p, const Machine& machine, const 
   }
 }
 
-// Four values of a bank for row m of the batch; n, which may lie outside, is the first one's.
-NMKERN_DEVICE void load_bank(const Finish& f, const Bank& bank, int64_t m, int64_t n, float (&value)[4]) {
-  const float* row = bank.data + bank_row(bank, f.context, m) * f.outputs + n;
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (n + i >= 0 && n + i < f.outputs) value[i] = row[i];
-}
-
-// The outputs from n on of a lane, which are four, for its rows of the batch.
+// The four outputs of a lane from n on, for its rows of the batch, modulated.
 template <class C, class Machine, class Sums>
-NMKERN_DEVICE void write_tile(const WideProduct& p, const Machine& machine, int64_t batch_first, int64_t n,
-                              const Sums& sums) {
+NMKERN_DEVICE void write_outputs(const WideProduct& p, const Machine& machine, int64_t batch_first, int64_t n,
+                                 const Sums& sums) {
   const Finish& f = p.finish;
+  if (n < 0 || n >= f.outputs) return;
   // A product with 1 and a sum with -0 change no bit.
   float gain[4] = {1, 1, 1, 1}, bias[4] = {-0.0f, -0.0f, -0.0f, -0.0f};
-  if (f.out_gain.rows == 1) load_bank(f, f.out_gain, 0, n, gain);
-  if (f.bias.rows == 1) load_bank(f, f.bias, 0, n, bias);
+  const auto load = [&](const Bank& bank, int64_t m, float (&value)[4]) {
+    machine.load_four(bank.data + bank_row(bank, f.context, m) * f.outputs + n, value);
+  };
+  if (f.out_gain.rows == 1) load(f.out_gain, 0, gain);
+  if (f.bias.rows == 1) load(f.bias, 0, bias);
 #pragma unroll
   for (int tile = 0; tile < C::kBatchTiles; ++tile)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int64_t m = batch_first + 8 * tile + c_col(machine.lane(), e);
       if (m >= p.batch) continue;
-      if (f.out_gain.rows > 1) load_bank(f, f.out_gain, m, n, gain);
-      if (f.bias.rows > 1) load_bank(f, f.bias, m, n, bias);
+      if (f.out_gain.rows > 1) load(f.out_gain, m, gain);
+      if (f.bias.rows > 1) load(f.bias, m, bias);
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float z = Machine::rounded_product(sums[0][i / 2][tile][i % 2 * 2 + e], f.factor);
         y[i] = Machine::rounded_sum(Machine::rounded_product(z, gain[i]), bias[i]);
       }
-      if (p.fours && n + 4 <= f.outputs) {
-        machine.store_outputs(f.y, m, n, y);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (n + i >= 0 && n + i < f.outputs) write_element(f.y, m, n + i, y[i]);
-      }
+      machine.store_outputs(f.y, m, n, y);
     }
 }
 
@@ -360,7 +360,7 @@ NMKERN_DEVICE void consume(const WideProduct& p, Machine& machine, int warpgroup
       write_partial<C>(p, machine, batch_first, patch, slice, tile.split, sums);
     } else {
       const int64_t n = patch * C::kPatchOutputs + slice * Patch::kOutputs - p.finish.skip;
-      write_tile<C>(p, machine, batch_first, n, sums);
+      write_outputs<C>(p, machine, batch_first, n, sums);
     }
   }
 }

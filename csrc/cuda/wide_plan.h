@@ -65,11 +65,8 @@ WidePlan wide_plan_of(const Dense& call) {
     p.x = static_cast<const uint16_t*>(call.x.data);
     p.x_row_stride = call.x.row_stride;
   }
-  if (plan.splits > 1 || call.gain_grad.data)
+  if (plan.splits > 1 || call.gain_grad.data || !in_fours(p.finish))
     plan.partial_bytes = aligned(plan.splits * call.batch * stride * 4);
-  const int64_t bytes = call.y.dtype == Dtype::float32 ? 4 : 2;
-  p.fours = call.y.data && call.y.col_stride == 1 && call.y.row_stride % 4 == 0 && output_skip % 4 == 0 &&
-            reinterpret_cast<uintptr_t>(call.y.data) % (4 * bytes) == 0;
   return plan;
 }
 
@@ -91,8 +88,9 @@ template <class C>
 int64_t wide_rows(const Dense& call) {
   Dense one = call;
   one.batch = std::min(call.batch, kBatchRows);
-  const int64_t bytes = wide_plan_of<C>(one).pack_bytes / one.batch +
-                        (call.gain_grad.data ? wide_plan_of<C>(one).product.partial_stride * 4 : 0);
+  const WidePlan plan = wide_plan_of<C>(one);
+  const bool summed = call.gain_grad.data || !in_fours(plan.product.finish);
+  const int64_t bytes = plan.pack_bytes / one.batch + (summed ? plan.product.partial_stride * 4 : 0);
   if (bytes == 0) return call.batch;
   return std::min(call.batch, std::max(call.most_scratch / bytes / kBatchRows, int64_t{1}) * kBatchRows);
 }

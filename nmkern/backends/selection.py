@@ -116,7 +116,7 @@ def explain(
     if chosen != "cuda":
         return Explanation(chosen, BACKENDS[chosen].kernel(), refused)
     if batch is None or not (reason := cuda.hands_on(batch, where.index)):
-        return Explanation(chosen, cuda.kernel(where.index), refused)
+        return Explanation(chosen, cuda.kernel(batch, where.index), refused)
     refused["cuda"] = reason
     others = {name: refused[name] for name in BACKENDS if name != "triton"}
     return Explanation("triton", triton.kernel(), others)

@@ -78,11 +78,13 @@ def test_the_whole_plan_is_what_the_targets_ask_for():
     assert gpu_rows.target(64, "uniform", torch.bfloat16) is None
 
 
-def test_both_backends_are_measured_around_the_border(monkeypatch):
-    """Each row runs with its backend forced, and cuda's own kernel for any number of rows."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_both_backends_are_measured_around_the_border(monkeypatch, wide):
+    """Each row runs with its backend forced, and cuda's own kernels for any number of rows."""
     rows_set, before = [], selection.forced_backend()
     monkeypatch.setattr(gpu_rows.cuda, "refusal", lambda *_: None)
-    monkeypatch.setattr(gpu_rows.cuda, "set_most_rows", rows_set.append)
+    monkeypatch.setattr(gpu_rows.cuda, "kernels", lambda: gpu_rows.cuda.Kernels(16, wide))
+    monkeypatch.setattr(gpu_rows.cuda, "set_small_rows", rows_set.append)
     seen = []
     monkeypatch.setattr(
         gpu_rows.cases, "product", lambda *args, **_: seen.append((args[2], selection.forced_backend()))
@@ -95,7 +97,7 @@ def test_both_backends_are_measured_around_the_border(monkeypatch):
         row.measure()
     wanted = [(m, backend) for backend in ("triton", "cuda") for m in (8, 16, 32, 64) for _ in range(2)]
     assert seen == wanted
-    assert rows_set == 8 * [2**20, None] and selection.forced_backend() == before
+    assert rows_set == (0 if wide else 8) * [2**20, None] and selection.forced_backend() == before
 
 
 class Ticks:

@@ -32,17 +32,26 @@ def test_blocks_of_every_kernel_compute_the_product(tmp_path):
     assert run_program(tmp_path, "skinny_block") == (0, "127 cases, 42 kernels\n")
 
 
+@pytest.mark.slow
+def test_blocks_of_hopper_compute_the_product(tmp_path):
+    """On simulated warpgroups, whose wgmma runs late; the same cases, and larger ones."""
+    assert run_program(tmp_path, "wide_block") == (0, "205 cases, 36 kernels\n")
+
+
 @pytest.mark.gpu
 @pytest.mark.nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 def test_a_gpu_computes_the_same_cases(tmp_path):
-    program = tmp_path / "skinny_device"
+    program = tmp_path / "dense_device"
     major, minor = torch.cuda.get_device_capability()
-    arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    hopper = (major, minor) == (9, 0)
+    arch = "90a" if hopper else f"{major}{minor}"
     target = f"arch=compute_{arch},code=sm_{arch}"
-    sources = (HERE.parents[1] / "csrc/cuda/skinny.cu", HERE / "skinny_device.cpp")
-    flags = ("-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target)
-    subprocess.run(["nvcc", *flags, *sources, "-o", program], check=True)
+    csrc = HERE.parents[1] / "csrc/cuda"
+    sources = [csrc / f"{name}.cu" for name in ("skinny", "wide", "finish", "device")]
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target]
+    flags += [f'-DNMKERN_CUDA_ARCHS="{arch}"', *(["-DNMKERN_WIDE"] if hopper else [])]
+    subprocess.run(["nvcc", *flags, *sources, HERE / "dense_device.cpp", "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "127 cases\n")
+    assert (done.returncode, done.stdout) == (0, f"{205 + 205 * hopper} cases\n")

@@ -11,6 +11,7 @@ struct Simulate {
   const Dense& call;
   std::set<std::string>& kernels;
   int64_t& most_splits;
+  int64_t& direct;  // cases whose sums become y at once
 
   template <class C>
   void operator()() const {
@@ -19,6 +20,7 @@ struct Simulate {
     std::snprintf(name, sizeof name, "%x %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
                   C::kBatchTiles, C::kParts);
     kernels.insert(name);
+    direct += wide_plan_of<C>(call).partial_bytes == 0;
     most_splits = std::max(most_splits, wide_plan_of<C>(call).splits);
     std::vector<unsigned char> scratch(wide_scratch_of<C>(call) + kAlignment);
     const auto at = reinterpret_cast<uintptr_t>(scratch.data());
@@ -30,10 +32,11 @@ struct Simulate {
 
 int main() {
   std::set<std::string> kernels;
-  int64_t most_splits = 0;
-  const auto execute = [&](const Dense& call) { with_wide_config(call, Simulate{call, kernels, most_splits}); };
+  int64_t most_splits = 0, direct = 0;
+  const auto execute = [&](const Dense& call) { with_wide_config(call, Simulate{call, kernels, most_splits, direct}); };
   const int64_t cases = check_all(execute) + check_large(execute);
   if (most_splits < 2) fail("no case splits the reduction");
+  if (direct == 0 || direct == cases) fail("all cases end alike");
   if (kernels.size() != 36) fail("not every kernel ran: " + std::to_string(kernels.size()));
   std::printf("%lld cases, %zu kernels\n", (long long)cases, kernels.size());
 }

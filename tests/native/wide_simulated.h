@@ -157,6 +157,10 @@ struct HostHopper : HostLane {
     meet(warpgroup().barrier, [&] { warpgroup().issue(); });
   }
 
+  void load_four(const float* from, float (&value)[4]) const {
+    if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load is not aligned");
+    std::memcpy(value, from, sizeof value);
+  }
   void store_packed(uint16_t* to, const uint32_t (&pair)[4]) const {
     if (reinterpret_cast<uintptr_t>(to) % 16) fail("a store is not aligned");
     std::memcpy(to, pair, sizeof pair);

@@ -1,4 +1,4 @@
-// Runs the cases of skinny_cases.h on a GPU, twice each: outputs must equal the exact reference, and the
+// Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact reference, and the
 // second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
 #include <cuda_runtime_api.h>
 
@@ -19,8 +19,13 @@ void* allocate_managed(size_t bytes) {
   return at;
 }
 
-void execute(const Dense& call) {
-  const int64_t bytes = skinny_scratch(call);
+struct Kernel {
+  int64_t (*scratch)(const Dense&);
+  int (*product)(const Dense&, void*, void*);
+};
+
+void execute(const Kernel& kernel, const Dense& call) {
+  const int64_t bytes = kernel.scratch(call);
   struct {
     float* data;
     size_t count;
@@ -33,7 +38,7 @@ void execute(const Dense& call) {
     must(cudaMemset(scratch, 0xFF, bytes));
     if (call.gain_grad.data && call.context)  // is added to
       std::fill_n(results[1].data, results[1].count, 0.0f);
-    must(skinny_product(call, scratch, nullptr));
+    must(kernel.product(call, scratch, nullptr));
     must(cudaDeviceSynchronize());
     for (int i = 0; i < 2; ++i) {
       const auto& [data, count] = results[i];
@@ -51,5 +56,15 @@ void execute(const Dense& call) {
 int main() {
   allocate_bytes = allocate_managed;
   free_bytes = [](void* at) { must(cudaFree(at)); };
-  std::printf("%lld cases\n", (long long)check_all(execute));
+  int64_t cases = 0;
+  for (const Kernel& kernel : {
+           Kernel{skinny_scratch, skinny_product},
+#if defined(NMKERN_WIDE)
+           Kernel{wide_scratch, wide_product},
+#endif
+       }) {
+    const auto run = [&](const Dense& call) { execute(kernel, call); };
+    cases += check_all(run) + check_large(run);
+  }
+  std::printf("%lld cases\n", (long long)cases);
 }
