@@ -12,6 +12,7 @@ constexpr int kDevices = 64;
 // An answer and 1, for each device that was asked about: asking takes two calls of the runtime.
 std::atomic<int64_t> known[kDevices];
 std::atomic<int64_t> forced{0};
+std::atomic<int64_t> known_shared[kDevices];
 
 }  // namespace
 
@@ -33,6 +34,24 @@ int most_rows(int device, int64_t* rows) {
   }
   const int64_t other = forced.load(std::memory_order_relaxed);
   *rows = found > 1 && other > 0 ? other : found - 1;
+  return cudaSuccess;
+}
+
+int shared_bytes(int device, int64_t* bytes) {
+  const bool kept = device >= 0 && device < kDevices;
+  int64_t found = kept ? known_shared[device].load(std::memory_order_relaxed) : 0;
+  if (found == 0) {
+    int major = 0, minor = 0, most = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error != cudaSuccess) return error;
+    found = 1 + (serves(NMKERN_CUDA_ARCHS, major, minor) ? most : 0);
+    if (kept) known_shared[device].store(found, std::memory_order_relaxed);
+  }
+  *bytes = found - 1;
   return cudaSuccess;
 }
 

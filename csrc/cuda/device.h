@@ -35,6 +35,9 @@ int most_rows(int device, int64_t* rows);
 // Makes most_rows answer `rows` for every device that has code; 0: its own answer again. For tests and timings.
 void set_most_rows(int64_t rows);
 
+// Shared memory that a block may ask for on a device, 0 where this build has no code for it; a cudaError_t.
+int shared_bytes(int device, int64_t* bytes);
+
 const char* error_text(int error);
 
 }  // namespace nmkern::cuda

@@ -37,6 +37,19 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
+// Scratch of a call, on the device of `like`, aligned as kernels want it.
+struct Scratch {
+  static constexpr int64_t kAlignment = 64;
+  Tensor tensor;
+  void* data;
+
+  Scratch(const Tensor& like, int64_t bytes)
+      : tensor(torch::stable::new_empty(like, {bytes + kAlignment}, ScalarType::Byte)) {
+    const auto at = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+  }
+};
+
 // What an operator of Triton's returns for the same arguments.
 template <class... Arguments>
 std::array<StableIValue, sizeof...(Arguments)> by_triton(const char* name, const Arguments&... arguments) {

@@ -35,7 +35,7 @@ ForwardPlan plan_of(const Sparse& call, bool in_block) {
   const int64_t groups = (call.rows + T::kUnits - 1) / T::kUnits;
   ForwardPlan plan{};
   plan.blocks_x = (call.batch + T::kRows - 1) / T::kRows;
-  const int64_t wanted = std::max<int64_t>(1, kSparseBlocks / plan.blocks_x);
+  const int64_t wanted = std::max<int64_t>(1, kSparseBlocks / std::max<int64_t>(1, plan.blocks_x));
   Forward& p = plan.forward;
   p.source = {call.x, takes_four(call.x), call.batch, call.cols};
   p.draws = draws_of(call);
@@ -127,6 +127,8 @@ struct ScratchOf {
 
 // sparse_scratch of sparse.h.
 inline int64_t scratch_of(const Sparse& call, int64_t shared_bytes) {
+  if (std::max({call.fan_in, call.transposed ? call.rows : 0, call.transposed ? call.cols : 0}) > kSparseScratch)
+    return -1;  // before a product of sizes passes 2^63
   if (call.transposed) {
     const int64_t bytes = transposed_plan_of(call).scratch_bytes();
     return bytes <= kSparseScratch && kColumnBytes <= shared_bytes ? bytes : -1;

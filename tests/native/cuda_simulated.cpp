@@ -17,13 +17,8 @@ int64_t products = 0;
 
 }  // namespace
 
-namespace nmkern::cuda {
-
-int64_t skinny_scratch(const Skinny& call) {
-  return call.batch == 0 ? 0 : with_config(call, [&]<class C>() { return plan_of<C>(call).scratch_bytes(); });
-}
-
-int skinny_product(const Skinny& call, void* scratch, void* stream) {
+// What every launch begins with: the error that it is to end with, or 0.
+int simulated_launch(const void* scratch, const void* stream) {
   if (const int error = next_error) {
     next_error = 0;
     return error;
@@ -32,6 +27,17 @@ int skinny_product(const Skinny& call, void* scratch, void* stream) {
   if (reinterpret_cast<uintptr_t>(stream) != kStream) fail("the stream is not PyTorch's");
   if (reinterpret_cast<uintptr_t>(scratch) % 64) fail("scratch is not aligned");
   ++products;
+  return 0;
+}
+
+namespace nmkern::cuda {
+
+int64_t skinny_scratch(const Skinny& call) {
+  return call.batch == 0 ? 0 : with_config(call, [&]<class C>() { return plan_of<C>(call).scratch_bytes(); });
+}
+
+int skinny_product(const Skinny& call, void* scratch, void* stream) {
+  if (const int error = simulated_launch(scratch, stream)) return error;
   if (call.batch)
     with_config(call, [&]<class C>() { run_product<C>(call, static_cast<float*>(scratch)); });
   return 0;
