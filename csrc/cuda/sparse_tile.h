@@ -49,7 +49,7 @@ NMKERN_DEVICE void store(uint16_t* to, const TwoWords& two) {
 #endif
 }
 
-constexpr int64_t whole(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+NMKERN_HD constexpr int64_t whole(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // A row's draws are columns of [0, population); what lies outside of the view is column `cols`, of zeros.
 struct Draws {
