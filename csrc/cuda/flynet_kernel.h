@@ -61,6 +61,7 @@ struct FlyShared {
   alignas(16) float d[kTileClasses][kFlyRows];  // gradients of the logits
   float mean[kFlyRows];
   int64_t row[kFlyRows];  // of the bank, -1 beyond the batch
+  float counts[1];        // [inputs]: it is the last
 };
 
 // The tile is where products go too, once it has been read.
@@ -68,7 +69,7 @@ NMKERN_HD constexpr int64_t fly_tile_bytes(int64_t inputs) {
   const int64_t products = int64_t{kFlyRows} * kProductPitch * 4, tile = FlyTile::bytes(inputs);
   return whole(tile > products ? tile : products, 16);
 }
-NMKERN_HD constexpr int64_t fly_shared_bytes(int64_t inputs) { return fly_tile_bytes(inputs) + int64_t{sizeof(FlyShared)}; }
+NMKERN_HD constexpr int64_t fly_shared_bytes(int64_t inputs) { return fly_tile_bytes(inputs) + int64_t{sizeof(FlyShared)} + inputs * 4; }
 
 template <Family kFamily, class Machine>
 NMKERN_DEVICE float code_of(const Machine& machine, uint32_t field) {
@@ -125,16 +126,19 @@ NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t
 template <class Machine, class Meanwhile>
 NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_first, float* tile, FlyShared& shared,
                               const Meanwhile& meanwhile) {
-  stage_tile<FlyTile>(p.source, machine, batch_first, tile, meanwhile);
+  stage_tile<FlyTile>(p.source, machine, batch_first, tile, [&] {
+    for (int k = machine.thread(); k < int(p.source.cols); k += kTileThreads) shared.counts[k] = float(p.counts[k]);
+    meanwhile();
+  });
   machine.wait();
   const int part = machine.thread() / FlyTile::kChunks, chunk = machine.thread() % FlyTile::kChunks;
   float sum[kEach] = {};
   for (int k = part; k < int(p.source.cols); k += kFlyParts) {
-    const uint32_t count = p.counts[k];
+    const float count = shared.counts[k];
     if (count == 0) continue;  // not even a NaN of an input that no unit draws
     const auto x = *reinterpret_cast<const Four*>(tile + (FlyTile::offset(uint32_t(k)) ^ uint32_t(chunk) * 16) / 4);
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) sum[e] = Machine::multiply_add(float(count), x.v[e], sum[e]);
+    for (int e = 0; e < kEach; ++e) sum[e] = Machine::multiply_add(count, x.v[e], sum[e]);
   }
 #pragma unroll
   for (int e = 0; e < kEach; ++e) shared.parts[chunk * kEach + e][part] = sum[e];
@@ -154,7 +158,7 @@ NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_
 template <class Machine>
 NMKERN_DEVICE void hidden_units(const Network& p, const Machine& machine, int64_t unit, const float* tile,
                                 const FlyShared& shared, float (&r)[kEach][kEach]) {
-  gather<FlyTile>(machine, tile, p.fan_in, [&](uint32_t s) {
+  gather<FlyTile, 8>(machine, tile, p.fan_in, [&](uint32_t s) {
     return *reinterpret_cast<const FourWords*>(p.columns + s * p.columns_stride + unit);
   }, r);
   const float* mean = shared.mean + FlyTile::chunk_of(machine.lane()) * kEach;

@@ -37,6 +37,13 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
+// Shared memory that a block may have.
+inline int64_t shared_of(int32_t device) {
+  int64_t bytes = 0;
+  check(shared_bytes(device, &bytes), "asking for the GPU's shared memory");
+  return bytes;
+}
+
 // Scratch of a call, on the device of `like`, aligned as kernels want it.
 struct Scratch {
   static constexpr int64_t kAlignment = 64;

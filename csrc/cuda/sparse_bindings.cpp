@@ -5,12 +5,6 @@
 namespace nmkern::cuda {
 namespace {
 
-int64_t shared_of(int32_t device) {
-  int64_t bytes = 0;
-  check(shared_bytes(device, &bytes), "asking for the GPU's shared memory");
-  return bytes;
-}
-
 Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                      int64_t cols, int64_t population, int64_t fan_in, bool transposed, double factor) {
   Sparse call{};

@@ -76,11 +76,11 @@ NMKERN_DEVICE void forward_block(const Forward& p, Machine& machine, unsigned ch
     const int64_t n = int64_t{group} * T::kUnits + unit;
     float sums[kEach][kEach];
     if (p.columns)
-      gather<T>(machine, tile, p.draws.fan_in, [&](uint32_t s) {
+      gather<T, 8>(machine, tile, p.draws.fan_in, [&](uint32_t s) {
         return *reinterpret_cast<const FourWords*>(p.columns + s * p.columns_stride + n);
       }, sums);
     else
-      gather<T>(machine, tile, p.draws.fan_in, [&](uint32_t s) {
+      gather<T, 2>(machine, tile, p.draws.fan_in, [&](uint32_t s) {
         return *reinterpret_cast<const FourWords*>(table + s * T::kUnits + unit);
       }, sums);
     const int64_t m = batch_first + T::chunk_of(machine.lane()) * kEach;

@@ -200,24 +200,32 @@ NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, 
     for (int i = 0; rest + i < cols; ++i) put(rest, i, read_element(source.x, m, rest + i));
 }
 
-// offsets(s): T::offset of what the lane's four units drew in step s.
-template <class T, class Machine, class Offsets>
+// offsets(s): T::offset of what the lane's four units drew in step s, which is asked for `ahead` steps at once: 2 of
+// shared memory keep the loads busy, of global memory more hide the latency.
+template <class T, int ahead, class Machine, class Offsets>
 NMKERN_DEVICE void gather(const Machine& machine, const float* tile, uint32_t fan_in, const Offsets& offsets,
                           float (&sums)[kEach][kEach]) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(tile);
-  const uint32_t chunk = uint32_t(T::chunk_of(machine.thread() % kLanes)) * 16;
+  const uint32_t chunk = uint32_t(T::chunk_of(machine.lane())) * 16;
 #pragma unroll
   for (int u = 0; u < kEach; ++u)
 #pragma unroll
     for (int e = 0; e < kEach; ++e) sums[u][e] = 0;
-#pragma unroll 2
-  for (uint32_t s = 0; s < fan_in; ++s) {
-    const FourWords at = offsets(s);
+#pragma unroll 1
+  for (uint32_t first = 0; first < fan_in; first += ahead) {
+    FourWords at[ahead];
 #pragma unroll
-    for (int u = 0; u < kEach; ++u) {
-      const Four x = *reinterpret_cast<const Four*>(bytes + (at.v[u] ^ chunk));
+    for (int i = 0; i < ahead; ++i)
+      if (first + i < fan_in) at[i] = offsets(first + i);
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) sums[u][e] = Machine::rounded_sum(sums[u][e], x.v[e]);
+    for (int i = 0; i < ahead; ++i) {
+      if (first + i >= fan_in) continue;
+#pragma unroll
+      for (int u = 0; u < kEach; ++u) {
+        const Four x = *reinterpret_cast<const Four*>(bytes + (at[i].v[u] ^ chunk));
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) sums[u][e] = Machine::rounded_sum(sums[u][e], x.v[e]);
+      }
     }
   }
 }

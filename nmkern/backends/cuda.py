@@ -2,8 +2,8 @@
 
 The library is built by setup.py where there is nvcc. Its kernel is the right one up to ``most_rows`` rows;
 its operators hand larger batches to Triton's, once their size is known, so that one graph of
-torch.compile serves every batch. The sparse projection is theirs at every batch, but for what has no room
-in a block's shared memory or in 64 MiB of scratch.
+torch.compile serves every batch. The sparse projection and FlyNet are theirs at every batch, but for what
+has no room in a block's shared memory or in 64 MiB of scratch.
 """
 
 import ctypes
@@ -13,13 +13,12 @@ import torch
 
 from nmkern.backends import build, primitives, triton
 from nmkern.matrix import RandomMatrix
-from nmkern.stream import DENSE_FAMILIES
 
 LIBRARY_PATH = build.PACKAGE / "_cuda.so"
 BUILD_RECORD = build.PACKAGE / "cuda_build.json"
 LEAST_CAPABILITY = (8, 0)  # mma.sync in bfloat16
 
-primitives.define("cuda", ("modulated_matmul", "modulated_matmul_gain_grad", "sparse_matmul"))
+primitives.define("cuda")
 
 
 @functools.cache
@@ -93,8 +92,6 @@ def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
         return f"runs on CUDA tensors, not on {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
-    if family not in (*DENSE_FAMILIES, "sparse"):
-        return f"has no kernels for {family}"
     _, reason = _load()
     return reason or _gpu_refusal() or _triton_refusal(family, dtype)
 

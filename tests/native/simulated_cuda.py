@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
+import simulated_cuda_flynet
 import simulated_cuda_sparse
 import torch
 from formula import KINDS, Expected, T, arguments, exact_matrix, generator, integers, stored_weights
@@ -218,6 +219,7 @@ def main(path, stub):
         check_through_the_public_operator(library)
         check_errors(library)
         simulated_cuda_sparse.check_all(library)
+        simulated_cuda_flynet.check_all(library)
     assert library.simulated_guards() == 0
     print("passed")
 
