@@ -1,23 +1,9 @@
 // Runs the cases of skinny_cases.h on a GPU, twice each: outputs must equal the exact reference, and the
 // second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
-#include <cstring>
-
+#include "device_runs.h"
 #include "skinny_cases.h"
 
 namespace {
-
-void must(int error) {
-  if (error != cudaSuccess) fail(cudaGetErrorString(cudaError_t(error)));
-}
-
-void* allocate_managed(size_t bytes) {
-  void* at = nullptr;
-  must(cudaMallocManaged(&at, bytes));
-  return at;
-}
 
 void execute(const Skinny& call) {
   const int64_t bytes = skinny_scratch(call);
@@ -49,7 +35,6 @@ void execute(const Skinny& call) {
 }  // namespace
 
 int main() {
-  allocate_bytes = allocate_managed;
-  free_bytes = [](void* at) { must(cudaFree(at)); };
+  use_managed_memory();
   std::printf("%lld cases\n", (long long)check_all(execute));
 }

@@ -32,17 +32,30 @@ def test_blocks_of_every_kernel_compute_the_product(tmp_path):
     assert run_program(tmp_path, "skinny_block") == (0, "127 cases, 42 kernels\n")
 
 
+@pytest.mark.slow
+def test_blocks_of_the_sparse_projection_compute_it(tmp_path):
+    """To the bit: the order of the sums is promised. Whatever shared memory a block has."""
+    assert run_program(tmp_path, "sparse_block") == (0, "34 cases, 6 ways\n")
+
+
+@pytest.mark.slow
+def test_blocks_of_flynet_compute_it(tmp_path):
+    """Forward and adjoint, all families, kinds of gains, views, tails, NaN."""
+    assert run_program(tmp_path, "flynet_block") == (0, "12 cases\n")
+
+
 @pytest.mark.gpu
 @pytest.mark.nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_a_gpu_computes_the_same_cases(tmp_path):
-    program = tmp_path / "skinny_device"
+@pytest.mark.parametrize(("kernels", "cases"), [("skinny", 127), ("sparse", 34), ("flynet", 12)])
+def test_a_gpu_computes_the_same_cases(tmp_path, kernels, cases):
+    program = tmp_path / f"{kernels}_device"
     major, minor = torch.cuda.get_device_capability()
     arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
     target = f"arch=compute_{arch},code=sm_{arch}"
-    sources = (HERE.parents[1] / "csrc/cuda/skinny.cu", HERE / "skinny_device.cpp")
+    sources = (HERE.parents[1] / f"csrc/cuda/{kernels}.cu", HERE / f"{kernels}_device.cpp")
     flags = ("-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target)
     subprocess.run(["nvcc", *flags, *sources, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "127 cases\n")
+    assert (done.returncode, done.stdout) == (0, f"{cases} cases\n")
