@@ -22,7 +22,7 @@ enum class Family : uint32_t { rademacher = 0x101, uniform = 0x102, normal = 0x1
 constexpr uint32_t kSparseTag = 0x104;
 
 constexpr int kRowsPerPatch = 4;
-constexpr int columns_per_word(Family family) {
+NMKERN_HD constexpr int columns_per_word(Family family) {
   return family == Family::rademacher ? 32 : family == Family::uniform ? 8 : 4;
 }
 

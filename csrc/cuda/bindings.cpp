@@ -3,50 +3,13 @@
 //
 // Nothing here waits for the device, and all memory is the caching allocator's, so that calls can be
 // captured in a CUDA graph. No symbol of CUDA is needed: the library loads beside any build of PyTorch.
-#include "../tensors.h"
-
-#include <torch/csrc/stable/accelerator.h>
-
-#include <array>
 #include <tuple>
 
-#include <dlfcn.h>
-
-#include "device.h"
 #include "dense.h"
+#include "operators.h"
 
 namespace nmkern::cuda {
 namespace {
-
-void check(int error, const char* what) {
-  STD_TORCH_CHECK(error == 0, "cuda backend: ", what, ": ", error_text(error));
-}
-
-using CurrentStream = AOTITorchError (*)(int32_t, void**);
-
-// In PyTorch's library for CUDA, to which there is no link: a build without CUDA has none.
-// (torch_stream_native_handle, which every build has, came with 2.13.)
-CurrentStream find_current_stream() {
-  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
-  return reinterpret_cast<CurrentStream>(found);
-}
-
-void* current_stream(int32_t device) {
-  static const CurrentStream ask = find_current_stream();
-  STD_TORCH_CHECK(ask, "cuda backend: this PyTorch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(ask(device, &stream));
-  return stream;
-}
-
-// What an operator of Triton's returns for the same arguments.
-template <class... Arguments>
-std::array<StableIValue, sizeof...(Arguments)> by_triton(const char* name, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return stack;
-}
 
 enum class Kernel { skinny, wide, none };
 
@@ -92,14 +55,10 @@ struct Operation {
   Tensor result(int64_t rows) { return torch::stable::new_empty(x, {rows, call.outputs()}); }
 
   void run(Kernel kernel) const {
-    constexpr int64_t kAlignment = 64;
     const bool wide = kernel == Kernel::wide;
-    const int64_t bytes = wide ? wide_scratch(call) : skinny_scratch(call);
-    Tensor scratch = torch::stable::new_empty(x, {bytes + kAlignment}, ScalarType::Byte);
-    const auto at = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-    auto* aligned = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+    const Scratch scratch(x, wide ? wide_scratch(call) : skinny_scratch(call));
     void* stream = current_stream(device.index());
-    check(wide ? wide_product(call, aligned, stream) : skinny_product(call, aligned, stream),
+    check(wide ? wide_product(call, scratch.data, stream) : skinny_product(call, scratch.data, stream),
           "launching a kernel");
   }
 };

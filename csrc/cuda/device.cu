@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kDevices = 64;
 // For each device that was asked about: an answer and 1 (asking takes up to two calls of the runtime).
-std::atomic<int64_t> known_kernels[kDevices], known_multiprocessors[kDevices];
+std::atomic<int64_t> known_kernels[kDevices], known_multiprocessors[kDevices], known_shared[kDevices];
 std::atomic<int64_t> forced{-1};
 
 // What ask(&answer) tells of a device, kept.
@@ -60,6 +60,17 @@ int multiprocessors(int64_t* count) {
     int found = 0;
     const cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, device, &found);
     *answer = found;
+    return error;
+  });
+}
+
+int shared_bytes(int device, int64_t* bytes) {
+  return kept(known_shared, device, bytes, [&](int64_t* answer) {
+    Kernels kernels{};
+    int most = 0;
+    cudaError_t error = cudaError_t(kernels_of(device, &kernels));
+    if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, &most);
+    *answer = kernels.small_rows || kernels.wide ? most : 0;
     return error;
   });
 }

@@ -51,6 +51,9 @@ int multiprocessors(int64_t* count);
 // again. For tests and timings.
 void set_small_rows(int64_t rows);
 
+// Shared memory that a block may ask for on a device, 0 where this build has no code for it; a cudaError_t.
+int shared_bytes(int device, int64_t* bytes);
+
 const char* error_text(int error);
 
 }  // namespace nmkern::cuda

@@ -27,15 +27,27 @@ NMKERN_DEVICE float bank_value(const Bank& bank, const int64_t* context, int64_t
   return bank.data[bank_row(bank, context, m) * features + feature];
 }
 
-NMKERN_DEVICE float read_element(const Matrix& a, int64_t row, int64_t col) {
-  const int64_t at = row * a.row_stride + col * a.col_stride;
-  if (a.dtype == Dtype::float32) return static_cast<const float*>(a.data)[at];
-  const uint16_t bits = static_cast<const uint16_t*>(a.data)[at];
-  if (a.dtype == Dtype::bfloat16) return float_of(uint32_t{bits} << 16);
+NMKERN_DEVICE float float_of_half(uint16_t bits, Dtype dtype) {
+  if (dtype == Dtype::bfloat16) return float_of(uint32_t{bits} << 16);
 #if defined(__CUDACC__)
   return __half2float(__ushort_as_half(bits));
 #else
   return from_float16(bits);
+#endif
+}
+
+NMKERN_DEVICE float read_element(const Matrix& a, int64_t row, int64_t col) {
+  const int64_t at = row * a.row_stride + col * a.col_stride;
+  if (a.dtype == Dtype::float32) return static_cast<const float*>(a.data)[at];
+  return float_of_half(static_cast<const uint16_t*>(a.data)[at], a.dtype);
+}
+
+NMKERN_DEVICE uint16_t half_of(float value, Dtype dtype) {
+  const bool half = dtype == Dtype::float16;
+#if defined(__CUDACC__)
+  return half ? __half_as_ushort(__float2half_rn(value)) : __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
+  return half ? to_float16(value) : to_bfloat16(value);
 #endif
 }
 
@@ -45,14 +57,7 @@ NMKERN_DEVICE void write_element(const Matrix& a, int64_t row, int64_t col, floa
     static_cast<float*>(a.data)[at] = value;
     return;
   }
-  const bool half = a.dtype == Dtype::float16;
-#if defined(__CUDACC__)
-  const uint16_t bits =
-      half ? __half_as_ushort(__float2half_rn(value)) : __bfloat16_as_ushort(__float2bfloat16_rn(value));
-#else
-  const uint16_t bits = half ? to_float16(value) : to_bfloat16(value);
-#endif
-  static_cast<uint16_t*>(a.data)[at] = bits;
+  static_cast<uint16_t*>(a.data)[at] = half_of(value, a.dtype);
 }
 
 }  // namespace nmkern::cuda

@@ -98,14 +98,10 @@ struct Hopper : Warp {
       *reinterpret_cast<float4*>(static_cast<float*>(y.data) + at) = make_float4(v[0], v[1], v[2], v[3]);
     } else {
       uint2 bits;
-      bits.x = low_halves(narrow(y.dtype, v[0]), narrow(y.dtype, v[1]));
-      bits.y = low_halves(narrow(y.dtype, v[2]), narrow(y.dtype, v[3]));
+      bits.x = low_halves(half_of(v[0], y.dtype), half_of(v[1], y.dtype));
+      bits.y = low_halves(half_of(v[2], y.dtype), half_of(v[3], y.dtype));
       *reinterpret_cast<uint2*>(static_cast<uint16_t*>(y.data) + at) = bits;
     }
-  }
-  static NMKERN_DEVICE uint32_t narrow(Dtype dtype, float v) {
-    return dtype == Dtype::float16 ? __half_as_ushort(__float2half_rn(v))
-                                   : __bfloat16_as_ushort(__float2bfloat16_rn(v));
   }
 };
 

@@ -2,7 +2,8 @@
 
 The library is built by setup.py where there is nvcc. Its operators choose a kernel by the batch, once its
 size is known, so that one graph of torch.compile serves every batch: mma.sync for small ones, wgmma for
-larger ones on Hopper, and elsewhere Triton's operators.
+larger ones on Hopper, and elsewhere Triton's operators. The sparse projection and FlyNet are theirs at
+every batch, but for what has no room in a block's shared memory or in 64 MiB of scratch.
 """
 
 import ctypes
@@ -12,13 +13,13 @@ from typing import NamedTuple
 import torch
 
 from nmkern.backends import build, primitives, triton
-from nmkern.stream import DENSE_FAMILIES
+from nmkern.matrix import RandomMatrix
 
 LIBRARY_PATH = build.PACKAGE / "_cuda.so"
 BUILD_RECORD = build.PACKAGE / "cuda_build.json"
 LEAST_CAPABILITY = (8, 0)  # mma.sync in bfloat16
 
-primitives.define("cuda", ("modulated_matmul", "modulated_matmul_gain_grad"))
+primitives.define("cuda")
 
 
 @functools.cache
@@ -40,13 +41,21 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(LIBRARY_PATH))  # the same handle, for the queries below
     except OSError as error:
         return None, f"its library does not load: {error}"
+    _declare(library)
+    return library, None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """The types of the queries that the library exports."""
     library.nmkern_cuda_archs.restype = ctypes.c_char_p
     found = (ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int))
     library.nmkern_cuda_kernels.argtypes = [ctypes.c_int, *found]
     library.nmkern_cuda_kernels.restype = ctypes.c_char_p
     library.nmkern_cuda_set_small_rows.argtypes = [ctypes.c_int64]
     library.nmkern_cuda_set_small_rows.restype = None
-    return library, None
+    sizes, flag = [ctypes.c_int64] * 4, ctypes.c_bool
+    library.nmkern_cuda_sparse_fits.argtypes = [ctypes.c_int, *sizes, flag, ctypes.POINTER(flag)]
+    library.nmkern_cuda_sparse_fits.restype = ctypes.c_char_p
 
 
 def _library() -> ctypes.CDLL:
@@ -89,8 +98,6 @@ def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
         return f"runs on CUDA tensors, not on {device}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
-    if family not in DENSE_FAMILIES:
-        return f"has no kernels for {family}"
     _, reason = _load()
     return reason or _gpu_refusal(family, dtype)
 
@@ -125,6 +132,22 @@ def hands_on(batch: int, index: int | None = None) -> str | None:
     rows, wide = kernels(index)
     served = wide or batch <= rows
     return None if served else f"its kernel serves up to {rows} rows on this GPU, not {batch}"
+
+
+def hands_on_sparse(matrix: RandomMatrix, batch: int | None, index: int | None = None) -> str | None:
+    """Why a product with a sparse matrix goes on to Triton's kernels; None where it does not."""
+    rows, cols = matrix.stream_shape
+    fits = ctypes.c_bool(False)
+    index = torch.cuda.current_device() if index is None else index
+    error = _library().nmkern_cuda_sparse_fits(
+        index, batch or 1, rows, cols, matrix.fan_in, matrix.transposed, ctypes.byref(fits)
+    )
+    if error is not None:
+        raise RuntimeError(f"cuda backend: CUDA's runtime answers: {error.decode()}")
+    if fits.value:
+        return None
+    shape = f"{rows} x {cols}{' transposed' * matrix.transposed} of fan-in {matrix.fan_in}"
+    return f"its kernels have no room on this GPU for {shape} at batch {batch or 1}"
 
 
 def kernel(batch: int | None = None, index: int | None = None) -> str:

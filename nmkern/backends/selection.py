@@ -115,8 +115,14 @@ def explain(
         raise _no_backend(refused)
     if chosen != "cuda":
         return Explanation(chosen, BACKENDS[chosen].kernel(), refused)
-    if batch is None or not (reason := cuda.hands_on(batch, where.index)):
-        return Explanation(chosen, cuda.kernel(batch, where.index), refused)
+    if matrix.family not in DENSE_FAMILIES:
+        reason = cuda.hands_on_sparse(matrix, batch, where.index)
+        kernel = "cuda"
+    else:
+        reason = None if batch is None else cuda.hands_on(batch, where.index)
+        kernel = cuda.kernel(batch, where.index)
+    if reason is None:
+        return Explanation(chosen, kernel, refused)
     refused["cuda"] = reason
     others = {name: refused[name] for name in BACKENDS if name != "triton"}
     return Explanation("triton", triton.kernel(), others)

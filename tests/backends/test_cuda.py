@@ -31,6 +31,11 @@ class Library:
     def nmkern_cuda_set_small_rows(self, rows):
         self.forced = rows
 
+    def nmkern_cuda_sparse_fits(self, index, batch, rows, cols, fan_in, transposed, fits):
+        self.asked = (index, batch, rows, cols, fan_in, transposed)
+        fits._obj.value = cols <= 1000
+        return self.error
+
     def nmkern_cuda_archs(self):
         return b"80,89,90a"
 
@@ -58,15 +63,29 @@ def machine(monkeypatch):
     environment.read.cache_clear()
 
 
-def test_it_comes_before_triton_for_dense_layers(machine):
+def test_it_comes_before_triton(machine):
     machine(16)
     for dtype in DTYPES:
         assert selection.select("uniform", dtype, "cuda") == explain(DENSE, dtype, "cuda").backend == "cuda"
         for family in ("sparse", "flynet"):
-            assert selection.select(family, dtype, "cuda") == "triton"
-    answer = explain(SPARSE, torch.float32, "cuda")
-    assert (answer.backend, answer.refused["cuda"]) == ("triton", "has no kernels for sparse")
+            assert selection.select(family, dtype, "cuda") == "cuda"
     assert explain(DENSE, torch.float64, "cuda").backend == "reference"
+
+
+def test_explain_tells_which_sparse_matrices_go_on_to_triton(machine):
+    library = machine(16, 16)
+    served = explain(SPARSE.T, torch.bfloat16, "cuda:1", batch=500)
+    assert (served.backend, served.kernel) == ("cuda", "cuda")
+    assert library.asked == (1, 500, 6, 4, 2, True)
+    large = RandomMatrix(6, 5000, seed=1, family="sparse", fan_in=2)
+    beyond = explain(large, torch.float32, "cuda")
+    assert (beyond.backend, beyond.kernel) == ("triton", "triton")
+    assert beyond.refused["cuda"] == (
+        "its kernels have no room on this GPU for 6 x 5000 of fan-in 2 at batch 1"
+    )
+    library.error = b"the driver is too old"
+    with pytest.raises(RuntimeError, match="cuda backend: CUDA's runtime answers: the driver is too old"):
+        cuda.hands_on_sparse(SPARSE, 1)
 
 
 def test_explain_tells_which_batches_go_on_to_triton(machine):
@@ -95,8 +114,8 @@ def test_forced_it_still_hands_larger_batches_on(machine):
             "cuda": "its kernel serves up to 16 rows on this GPU, not 100",
             "reference": "cuda is forced",
         }
-        with pytest.raises(RuntimeError, match="cuda: has no kernels for sparse; triton: cuda is forced"):
-            explain(SPARSE, torch.float16, "cuda")
+        with pytest.raises(RuntimeError, match=r"cuda: computes float32.*; triton: cuda is forced"):
+            explain(SPARSE, torch.float64, "cuda")
         with pytest.raises(RuntimeError, match="cuda: runs on CUDA tensors, not on cpu"):
             modulated_linear(torch.ones(2, 4), DENSE)
 

@@ -22,10 +22,10 @@ FAMILIES = tuple(stream.DENSE_FAMILIES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture
-def triton_backend():
-    with nmkern.use_backend("triton"):
-        yield
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.cuda_library)])
+def sparse_backend(request):
+    with nmkern.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(
@@ -145,6 +145,38 @@ def test_batches_go_where_explain_says():
 
 
 @pytest.mark.cuda_library
+def test_sparse_matrices_go_where_explain_says():
+    """What has no room in a block's shared memory, of any GPU, is Triton's."""
+    for cols, backend in ((784, "cuda"), (20000, "triton")):
+        matrix = RandomMatrix(64, cols, seed=1, family="sparse", fan_in=3)
+        assert explain(matrix, torch.float32, "cuda", 5).backend == backend
+        x = integers((5, cols), 3, generator(1))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            y = sparse_project(x.cuda(), matrix)
+        ran = {event.key for event in profile.key_averages() if event.key.startswith("nmkern::")}
+        assert ("nmkern::triton_sparse_matmul" in ran) == (backend == "triton")
+        assert "nmkern::cuda_sparse_matmul" in ran
+        assert torch.equal(y.cpu().double(), x.double() @ stored_weights(matrix).T)
+
+
+@pytest.mark.cuda_library
+def test_opcheck_of_sparse_and_flynet():
+    encoder = RandomMatrix(32, 12, seed=1, family="sparse", fan_in=3)
+    decoder = RandomMatrix(5, 32, seed=2)
+    g = generator(4)
+    x, gain, d_logits = (integers(s, 2, g).cuda() for s in ((6, 12), (T, 32), (6, 5)))
+    gain.requires_grad_()
+    context = torch.randint(T, (6,), generator=g).cuda()
+    args = primitives.flynet_args(encoder, decoder)
+    torch.library.opcheck(primitives.overload("cuda", "flynet_logits"), (x, gain, context, *args))
+    d_logits.requires_grad_()
+    torch.library.opcheck(primitives.overload("cuda", "flynet_gain_grad"), (x, d_logits, context, T, *args))
+    x.requires_grad_()
+    sparse = primitives.sparse_args(encoder)
+    torch.library.opcheck(primitives.overload("cuda", "sparse_matmul"), (x, *sparse))
+
+
+@pytest.mark.cuda_library
 @pytest.mark.parametrize("primitive", ["modulated_matmul", "modulated_matmul_gain_grad"])
 def test_opcheck(primitive):
     g = generator(4)
@@ -169,7 +201,7 @@ def test_a_compiled_graph_serves_batches_of_both(dense_backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fan_in", [1, 7, 33])
-def test_sparse_integers_are_exact(triton_backend, fan_in, dtype):
+def test_sparse_integers_are_exact(sparse_backend, fan_in, dtype):
     matrix = RandomMatrix(500, 300, seed=5, family="sparse", fan_in=fan_in)[3:, 7:]
     weights = stored_weights(matrix)
     for rows in (1, 5, 17, 33, 130):
@@ -184,7 +216,7 @@ def test_sparse_integers_are_exact(triton_backend, fan_in, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["rademacher", "uniform"])
 @pytest.mark.parametrize("kind", ["vector", "bank", "rows"])
-def test_flynet_integers_are_exact(triton_backend, family, dtype, kind):
+def test_flynet_integers_are_exact(sparse_backend, family, dtype, kind):
     """128 units, so that the mean is exact: see tests/ops/test_flynet.py for the bounds."""
     encoder = RandomMatrix(131, 45, seed=7, family="sparse", fan_in=3)[3:, 5:]
     rms = stream.DENSE_FAMILIES[family].rms
@@ -210,7 +242,7 @@ def test_flynet_integers_are_exact(triton_backend, family, dtype, kind):
         assert torch.equal(grad.cpu().double(), want_grad)
 
 
-def test_sparse_and_flynet_repeat_their_bits_and_can_be_captured(triton_backend):
+def test_sparse_and_flynet_repeat_their_bits_and_can_be_captured(sparse_backend):
     encoder = RandomMatrix(7840, 784, seed=1, family="sparse", fan_in=7)
     decoder = RandomMatrix(10, 7840, seed=2, scale=0.01)
     g = generator(1)

@@ -13,9 +13,22 @@ namespace {
 
 constexpr uintptr_t kStream = 0x5170;  // of torch_cuda_stub.c
 int guards_open = 0, next_error = 0;
-int64_t products[2] = {};  // of the small-batch kernel and of the other
+int64_t products = 0, wide_products = 0;
 
 }  // namespace
+
+// What every launch begins with: the error that it is to end with, or 0.
+int simulated_launch(const void* scratch, const void* stream) {
+  if (const int error = next_error) {
+    next_error = 0;
+    return error;
+  }
+  if (guards_open != 1) fail("the device is not guarded");
+  if (reinterpret_cast<uintptr_t>(stream) != kStream) fail("the stream is not PyTorch's");
+  if (reinterpret_cast<uintptr_t>(scratch) % 64) fail("scratch is not aligned");
+  ++products;
+  return 0;
+}
 
 namespace nmkern::cuda {
 
@@ -27,28 +40,16 @@ int64_t wide_scratch(const Dense& call) {
   return call.batch == 0 ? 0 : with_wide_config(call, [&]<class C>() { return wide_scratch_of<C>(call); });
 }
 
-int launch(void* scratch, void* stream) {
-  if (const int error = next_error) {
-    next_error = 0;
-    return error;
-  }
-  if (guards_open != 1) fail("the device is not guarded");
-  if (reinterpret_cast<uintptr_t>(stream) != kStream) fail("the stream is not PyTorch's");
-  if (reinterpret_cast<uintptr_t>(scratch) % 64) fail("scratch is not aligned");
-  return 0;
-}
-
 int skinny_product(const Dense& call, void* scratch, void* stream) {
-  if (const int error = launch(scratch, stream)) return error;
-  ++products[0];
+  if (const int error = simulated_launch(scratch, stream)) return error;
   if (call.batch)
     with_config(call, [&]<class C>() { run_product<C>(call, static_cast<float*>(scratch)); });
   return 0;
 }
 
 int wide_product(const Dense& call, void* scratch, void* stream) {
-  if (const int error = launch(scratch, stream)) return error;
-  ++products[1];
+  if (const int error = simulated_launch(scratch, stream)) return error;
+  ++wide_products;
   if (call.batch) with_wide_config(call, [&]<class C>() { run_wide<C>(call, scratch); });
   return 0;
 }
@@ -77,8 +78,10 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
 
 #pragma GCC visibility push(default)
 extern "C" {
-// Products so far of a kernel; whether there is wgmma; open guards; the error that the next product ends with.
-int64_t simulated_products(int wide) { return products[wide]; }
+// Products so far, and those of wgmma; whether there is wgmma; open guards; the error that the next product is
+// to end with.
+int64_t simulated_products() { return products; }
+int64_t simulated_wide_products() { return wide_products; }
 void simulated_wgmma(int wide) { nmkern::cuda::kernels.wide = wide != 0; }
 int simulated_guards() { return guards_open; }
 void simulated_error(int error) { next_error = error; }

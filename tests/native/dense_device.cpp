@@ -1,23 +1,9 @@
-// Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact reference, and the
-// second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
-#include <cuda_runtime_api.h>
-
-#include <algorithm>
-#include <cstring>
-
+// Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact
+// reference, and the second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
+#include "device_runs.h"
 #include "skinny_cases.h"
 
 namespace {
-
-void must(int error) {
-  if (error != cudaSuccess) fail(cudaGetErrorString(cudaError_t(error)));
-}
-
-void* allocate_managed(size_t bytes) {
-  void* at = nullptr;
-  must(cudaMallocManaged(&at, bytes));
-  return at;
-}
 
 struct Kernel {
   int64_t (*scratch)(const Dense&);
@@ -54,8 +40,7 @@ void execute(const Kernel& kernel, const Dense& call) {
 }  // namespace
 
 int main() {
-  allocate_bytes = allocate_managed;
-  free_bytes = [](void* at) { must(cudaFree(at)); };
+  use_managed_memory();
   int64_t cases = 0;
   for (const Kernel& kernel : {
            Kernel{skinny_scratch, skinny_product},

@@ -14,6 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
+import simulated_cuda_flynet
+import simulated_cuda_sparse
 import torch
 from formula import KINDS, Expected, T, arguments, exact_matrix, generator, integers, stored_weights
 
@@ -42,7 +44,7 @@ def bank(value):
 
 def check_the_formula(library):
     """All kinds of gains, contexts, dtypes, both ways, ragged."""
-    before = library.simulated_products(0)
+    before = library.simulated_products()
     calls = 0
     for family in stream.DENSE_FAMILIES:
         for number, (rows, kind) in enumerate(zip((1, 3, 9, 16, 5, 12, 2, 7, 8), KINDS, strict=False)):
@@ -62,7 +64,7 @@ def check_the_formula(library):
             y = matmul(x, matrix, *(None if v is None else bank(v).float() for v in gains), context)
             assert y.dtype == dtype and torch.equal(y, want), (family, kind, dtype)
             calls += 1
-    assert library.simulated_products(0) == before + calls
+    assert library.simulated_products() == before + calls
 
 
 def check_tensors_of_any_layout():
@@ -124,7 +126,7 @@ def check_larger_batches(library):
     g = generator(3)
     context = torch.randint(T, (17,), generator=g)
     x, gain, other = integers((17, 12), 2, g), integers((T, 12), 2, g), integers((17, 7), 2, g)
-    before = library.simulated_products(0)
+    before = library.simulated_products()
     assert torch.equal(matmul(x, matrix, gain, context=context), torch.full((17, 7), 3.0))
     product, grad = gain_grad(x, other, matrix, T, context, gain)
     assert torch.equal(product, torch.full((17, 7), 3.0)) and torch.equal(grad, torch.full((T, 7), 5.0))
@@ -136,19 +138,18 @@ def check_larger_batches(library):
         assert found is want if want is None else torch.equal(found, want)
     assert first[5:] == primitives.dense_args(matrix)
     assert second[5:] == (T, True, *primitives.dense_args(matrix))
-    assert library.simulated_products(0) == before
+    assert library.simulated_products() == before
     cuda.set_small_rows(70)
     y = matmul(x.repeat(4, 1), matrix)
     assert torch.equal(y, (x.repeat(4, 1).double() @ stored_weights(matrix).T).float())
-    assert (len(handed), library.simulated_products(0)) == (2, before + 1)
+    assert (len(handed), library.simulated_products()) == (2, before + 1)
     cuda.set_small_rows(None)
 
 
 def check_larger_batches_by_wgmma(library):
     """Where there is wgmma, none is Triton's; as small ones, in every layout that x may have."""
     library.simulated_wgmma(1)
-    before = [library.simulated_products(wide) for wide in (0, 1)]
-    calls = 0
+    before, calls = library.simulated_wide_products(), 0
     for number, (contexts, rows) in enumerate(((1, 17), (40, 40), (T, 70), (1, 129))):
         g = generator(number)
         matrix = exact_matrix("uniform", 21, 48)
@@ -167,7 +168,7 @@ def check_larger_batches_by_wgmma(library):
         product, grad = gain_grad(x, other, matrix, contexts, context, *banks[:2])
         assert torch.equal(product.double(), z * banks[1][row]) and torch.equal(grad.double(), gradient)
         calls += 9
-    assert [library.simulated_products(wide) for wide in (0, 1)] == [before[0], before[1] + calls]
+    assert library.simulated_wide_products() == before + calls
     library.simulated_error(7)
     with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
         matmul(x, matrix)
@@ -197,11 +198,11 @@ def check_through_the_public_operator(library):
             named = {"in_gain": gain, "bias": bias}
             want = Expected(x, matrix, named, dy)
             leaves = [v.clone().requires_grad_() for v in (x, gain, bias)]
-            before = library.simulated_products(0)
+            before = library.simulated_products()
             y = nmkern.modulated_linear(leaves[0], matrix, in_gain=leaves[1], bias=leaves[2])
-            assert library.simulated_products(0) - before == (rows <= 16)
+            assert library.simulated_products() - before == (rows <= 16)
             grads = torch.autograd.grad(y, leaves, dy)
-            assert library.simulated_products(0) - before == 2 * (rows <= 16)
+            assert library.simulated_products() - before == 2 * (rows <= 16)
             assert torch.equal(y.detach(), want.y.float())
             for name, grad in zip(("x", "in_gain", "bias"), grads, strict=True):
                 assert torch.equal(grad, want.grads[name].float()), name
@@ -232,7 +233,7 @@ def check_errors(library):
 def main(path, stub):
     torch.ops.load_library(path)
     library = ctypes.CDLL(path)
-    library.simulated_products.restype = ctypes.c_int64
+    library.simulated_products.restype = library.simulated_wide_products.restype = ctypes.c_int64
     cuda._load = lambda: (library, None)
     if stub == "none":
         with pytest.raises(RuntimeError, match="this PyTorch was built without CUDA"):
@@ -247,6 +248,8 @@ def main(path, stub):
         check_larger_batches_by_wgmma(library)
         check_through_the_public_operator(library)
         check_errors(library)
+        simulated_cuda_sparse.check_all(library)
+        simulated_cuda_flynet.check_all(library)
     assert library.simulated_guards() == 0
     print("passed")
 

@@ -6,41 +6,18 @@
 
 #include <bit>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/dense.h"
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("%s\n", what.c_str());
-  std::exit(1);
-}
+#include "buffers.h"
 
 namespace {
 
 using namespace nmkern;
 using namespace nmkern::cuda;
-
-// Memory that whoever runs the product can read.
-void* (*allocate_bytes)(size_t) = std::malloc;
-void (*free_bytes)(void*) = std::free;
-
-template <class T>
-struct Allocator {
-  using value_type = T;
-  Allocator() = default;
-  template <class U>
-  Allocator(const Allocator<U>&) {}
-  T* allocate(size_t count) { return static_cast<T*>(allocate_bytes(count * sizeof(T))); }
-  void deallocate(T* at, size_t) { free_bytes(at); }
-  bool operator==(const Allocator&) const { return true; }
-};
-template <class T>
-using Buffer = std::vector<T, Allocator<T>>;
 
 int code_at(const Dense& call, int64_t row, int64_t col) {
   row += call.row_offset, col += call.col_offset;

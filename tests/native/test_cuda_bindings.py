@@ -1,4 +1,4 @@
-"""csrc/cuda/bindings.cpp without a GPU: built over simulated warps, and called on CPU tensors."""
+"""The bindings of csrc/cuda without a GPU: built over simulated warps, and called on CPU tensors."""
 
 import os
 import runpy
@@ -30,7 +30,7 @@ def libraries(tmp_path_factory):
         patch.setattr(setuptools, "setup", lambda **_: None)
         flags = [flag for flag in runpy.run_path(str(ROOT / "setup.py"))["FLAGS"] if flag[:2] != "-O"]
     made, stub = folder / "simulated_cuda.so", folder / "libtorch_cuda.so"
-    sources = [ROOT / "csrc/cuda/bindings.cpp", HERE / "cuda_simulated.cpp"]
+    sources = [*(ROOT / "csrc/cuda").glob("*.cpp"), *HERE.glob("cuda_simulated*.cpp")]
     command = ["c++", *flags, "-O1", "-w", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wl,-Bsymbolic"]
     with_torch = [f"-I{TORCH / 'include'}", *sources, f"-L{TORCH / 'lib'}", "-ltorch_cpu"]
     subprocess.run([*command, *with_torch, "-o", made], check=True)

@@ -38,20 +38,34 @@ def test_blocks_of_hopper_compute_the_product(tmp_path):
     assert run_program(tmp_path, "wide_block") == (0, "205 cases, 36 kernels\n")
 
 
+@pytest.mark.slow
+def test_blocks_of_the_sparse_projection_compute_it(tmp_path):
+    """To the bit: the order of the sums is promised. Whatever shared memory a block has."""
+    assert run_program(tmp_path, "sparse_block") == (0, "34 cases, 6 ways\n")
+
+
+@pytest.mark.slow
+def test_blocks_of_flynet_compute_it(tmp_path):
+    """Forward and adjoint, all families, kinds of gains, views, tails, NaN."""
+    assert run_program(tmp_path, "flynet_block") == (0, "12 cases\n")
+
+
 @pytest.mark.gpu
 @pytest.mark.nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-def test_a_gpu_computes_the_same_cases(tmp_path):
-    program = tmp_path / "dense_device"
+@pytest.mark.parametrize(("kernels", "cases"), [("dense", 205), ("sparse", 34), ("flynet", 12)])
+def test_a_gpu_computes_the_same_cases(tmp_path, kernels, cases):
+    program = tmp_path / f"{kernels}_device"
     major, minor = torch.cuda.get_device_capability()
     hopper = (major, minor) == (9, 0)
     arch = "90a" if hopper else f"{major}{minor}"
     target = f"arch=compute_{arch},code=sm_{arch}"
-    csrc = HERE.parents[1] / "csrc/cuda"
-    sources = [csrc / f"{name}.cu" for name in ("skinny", "wide", "finish", "device")]
+    names = ("skinny", "wide", "finish", "device") if kernels == "dense" else (kernels,)
+    sources = [HERE.parents[1] / f"csrc/cuda/{name}.cu" for name in names]
     flags = ["-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target]
     flags += [f'-DNMKERN_CUDA_ARCHS="{arch}"', *(["-DNMKERN_WIDE"] if hopper else [])]
-    subprocess.run(["nvcc", *flags, *sources, HERE / "dense_device.cpp", "-o", program], check=True)
+    subprocess.run(["nvcc", *flags, *sources, HERE / f"{kernels}_device.cpp", "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{205 + 205 * hopper} cases\n")
+    twice = 1 + (hopper and kernels == "dense")  # by each of the two kernels
+    assert (done.returncode, done.stdout) == (0, f"{twice * cases} cases\n")
