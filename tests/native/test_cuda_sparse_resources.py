@@ -1,4 +1,4 @@
-"""The sparse projection's and FlyNet's CUDA kernels spill nothing and grow no dearer than the committed table.
+"""The CUDA kernels of the sparse projection and FlyNet spill nothing and grow no dearer than the table.
 
 The table is written by ``python -m benchmarks resources --cuda``; figures belong to the nvcc that it names.
 """
