@@ -38,10 +38,15 @@ def main() -> None:
         sys.exit(on_gpu.run(args.out, args.quick, args.minutes, args.commit))
     elif args.command == "resources":
         if args.cuda:
-            from benchmarks.cuda_resources import run as measure
+            from benchmarks import cuda_resources, cuda_sparse_resources
+
+            out = args.out or RESULTS / "cuda_resources.json"
+            cuda_resources.run(out)
+            cuda_sparse_resources.run(out.with_name("cuda_sparse_resources.json"))
         else:
             from benchmarks.resources import run as measure
-        measure(args.out or RESULTS / f"{'cuda' if args.cuda else 'triton'}_resources.json")
+
+            measure(args.out or RESULTS / "triton_resources.json")
     else:
         from benchmarks.report import rebuild
 

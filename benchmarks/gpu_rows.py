@@ -104,6 +104,22 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
                     ),
                 )
 
+    def sparse():
+        for transposed in (False, True):
+            yield Row(
+                f"projection{', transposed' if transposed else ''}",
+                10,
+                lambda transposed=transposed: cases.projection(
+                    report, extent.seconds, transposed, extent.device, extent.calls
+                ),
+            )
+        yield Row(
+            "flynet, trained",
+            15,
+            lambda: cases.flynet_step(report, extent.seconds, extent.device, extent.calls),
+        )
+
+    both = cuda.refusal("uniform", BF16, extent.device) is None
     small, large = min(extent.sizes), max(extent.sizes)
     short = 3 + 10 * extent.seconds
     yield Row("copy", short, lambda: cases.copy(report, extent.copied, extent.seconds, extent.device))
@@ -117,7 +133,7 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
             lambda m=m: huge.measure(report, extent.huge, m, BF16, extent.device, extent.seconds),
         )
     yield from dense(small, extent.few, "rademacher")
-    if cuda.refusal("uniform", BF16, extent.device) is None:
+    if both:
         for backend in ("triton", "cuda"):
             yield from by(backend, dense(small, extent.border))
     for grad in (False, True):
@@ -132,19 +148,9 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
             short,
             lambda m=m: cases.gains(report, layer(small, "uniform"), m, BF16, extent.seconds, extent.calls),
         )
-    for transposed in (False, True):
-        yield Row(
-            f"projection{', transposed' if transposed else ''}",
-            10,
-            lambda transposed=transposed: cases.projection(
-                report, extent.seconds, transposed, extent.device, extent.calls
-            ),
-        )
-    yield Row(
-        "flynet, trained",
-        15,
-        lambda: cases.flynet_step(report, extent.seconds, extent.device, extent.calls),
-    )
+    yield from sparse()
+    if both:
+        yield from by("triton", sparse())
     yield from dense(small, extent.few, "normal")
     yield from dense(small, extent.few, "uniform", F32)
     for size in extent.sizes:

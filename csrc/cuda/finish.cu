@@ -17,7 +17,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Finish f) 
   finish_one<Warp>(f, m, n, unmodulated<Warp>(f, m, n));
 }
 
-__global__ void __launch_bounds__(kThreads) finish_gradient_kernel(const Finish f) {
+// Eight blocks a multiprocessor at least: left to choose, ptxas spilled on sm_80.
+__global__ void __launch_bounds__(kThreads, 8) finish_gradient_kernel(const Finish f) {
   __shared__ float shared[kFinishRows * kLanes];
   Warp warp;
   finish_with_gradient(f, warp, shared);

@@ -77,6 +77,13 @@ struct Hopper : Warp {
   NMKERN_DEVICE void wait_groups() const {
     cuda::wait_groups<most>();
   }
+  // What wgmma has summed: no use of it may be moved before the wait, of which the compiler knows nothing.
+  template <int tiles>
+  NMKERN_DEVICE void hold(float (&d)[2][tiles][4]) const {
+#pragma unroll
+    for (int i = 0; i < 8 * tiles; ++i) asm volatile("" : "+f"(d[i / 4 / tiles][i / 4 % tiles][i % 4])::"memory");
+  }
+
   NMKERN_DEVICE uint32_t operand(const unsigned char* shared) const {
     return descriptor_low(address_of(shared));
   }

@@ -354,6 +354,7 @@ NMKERN_DEVICE void consume(const WideProduct& p, Machine& machine, int warpgroup
       if (++stage == C::kStages) stage = 0, parity ^= 1;
     }
     machine.template wait_groups<0>();
+    machine.hold(sums[0]);
     machine.release(before);
     const int64_t batch_first = tile.batch_block * (8 * C::kBatchTiles);
     if (p.partial) {

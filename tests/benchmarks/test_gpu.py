@@ -79,7 +79,7 @@ def test_the_whole_plan_is_what_the_targets_ask_for():
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_both_backends_are_measured_around_the_border(monkeypatch, wide):
+def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(monkeypatch, wide):
     """Each row runs with its backend forced, and cuda's own kernels for any number of rows."""
     rows_set, before = [], selection.forced_backend()
     monkeypatch.setattr(gpu_rows.cuda, "refusal", lambda *_: None)
@@ -93,10 +93,13 @@ def test_both_backends_are_measured_around_the_border(monkeypatch, wide):
     forced = [row for row in plan if " by " in row.label]
     assert "linear, transposed M=32 8192x8192 bfloat16 uniform by cuda" in [row.label for row in forced]
     monkeypatch.setattr(gpu_rows.cases, "Layer", lambda *_, **__: None)
+    monkeypatch.setattr(
+        gpu_rows.cases, "flynet_step", lambda *_: seen.append(("flynet", selection.forced_backend()))
+    )
     for row in forced:
         row.measure()
     wanted = [(m, backend) for backend in ("triton", "cuda") for m in (8, 16, 32, 64) for _ in range(2)]
-    assert seen == wanted
+    assert seen == [*wanted, (128, "triton"), (128, "triton"), ("flynet", "triton")]
     assert rows_set == (0 if wide else 8) * [2**20, None] and selection.forced_backend() == before
 
 

@@ -47,10 +47,43 @@ void check_limits() {
   }
 }
 
+// How many bank groups of 16 bytes, of 8, the lanes that one load serves have in common at most, on average.
+template <class T>
+double conflicts(std::mt19937& random) {
+  constexpr int kTurns = 20000;
+  int64_t sum = 0;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    int taken[8] = {}, most = 0;
+    for (int unit = 0; unit < 8 / T::kChunks; ++unit) {
+      const uint32_t column = random() % 784;
+      for (uint32_t chunk = 0; chunk < T::kChunks; ++chunk)
+        most = std::max(most, ++taken[(T::offset(column) ^ chunk * 16) / 16 % 8]);
+    }
+    sum += most;
+  }
+  return double(sum) / kTurns;
+}
+
+void check_banks() {
+  std::mt19937 random(3);
+  if (conflicts<Tile<32>>(random) != 1) fail("a tile of 32 rows is not read without conflicts");
+  if (std::abs(conflicts<Tile<16>>(random) - 1.5) > 0.02) fail("16 rows: 1.5 is expected");
+  if (std::abs(conflicts<Tile<8>>(random) - 2.125) > 0.03) fail("8 rows: 2.125 is expected");
+  // Stores of stage_tile: 4 rows of 8 groups of 4 columns, the same column of each group.
+  for (uint32_t i = 0; i < kEach; ++i)
+    for (uint32_t chunk = 0; chunk < 8; ++chunk) {
+      std::set<uint32_t> banks;
+      for (uint32_t lane = 0; lane < kLanes; ++lane)
+        banks.insert(((Tile<32>::offset(lane % 8 * kEach + i) ^ chunk * 16) / 4 + lane / 8) % 32);
+      if (banks.size() != 32) fail("a tile of 32 rows is not stored without conflicts");
+    }
+}
+
 }  // namespace
 
 int main() {
   check_limits();
+  check_banks();
   std::set<std::string> ways;
   const int64_t cases = check_sparse_cases([&](const Sparse& call) { execute(call, ways); });
   std::printf("%lld cases, %zu ways\n", (long long)cases, ways.size());

@@ -144,6 +144,9 @@ struct HostHopper : HostLane {
     meet(warpgroup().barrier, [&] { warpgroup().finish(most); });
   }
 
+  template <class Sums>
+  void hold(const Sums&) const {}
+
   uint32_t operand(const unsigned char* memory) const {
     return descriptor_low(uint32_t(memory - warpgroup().shared) + kSharedAddress);
   }
