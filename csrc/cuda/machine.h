@@ -1,20 +1,14 @@
-// The device's machine: who a thread is, and the instructions that kernels name through it.
+// The Machine of dense products on the device: the loads, stores and the table that they name through it.
 #pragma once
 
-#include "product.h"
+#include "threads.h"
 
 namespace nmkern::cuda {
 
 __device__ constexpr NormalTable kNormalTable = normal_table();
 
-struct Warp {
-  NMKERN_DEVICE int thread() const { return int(threadIdx.x); }
-  NMKERN_DEVICE int lane() const { return int(threadIdx.x) % kLanes; }
-  NMKERN_DEVICE uint32_t block_x() const { return blockIdx.x; }
-  NMKERN_DEVICE uint32_t block_y() const { return blockIdx.y; }
-  NMKERN_DEVICE uint32_t block_z() const { return blockIdx.z; }
+struct Warp : Threads {
   NMKERN_DEVICE const NormalTable& table() const { return kNormalTable; }
-  NMKERN_DEVICE void wait() const { __syncthreads(); }
 
   // 4 * pieces consecutive elements of x.
   template <int pieces>
@@ -35,10 +29,6 @@ struct Warp {
   NMKERN_DEVICE void store(float* to, float a, float b, float c, float d) const {
     *reinterpret_cast<float4*>(to) = make_float4(a, b, c, d);
   }
-
-  // Never contracted into one multiply-add.
-  static NMKERN_DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
-  static NMKERN_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 };
 
 }  // namespace nmkern::cuda

@@ -34,7 +34,7 @@ struct Issued {
 constexpr uint32_t kSharedAddress = 1024;  // of the block's shared memory: what the device may have before it
 
 struct Warpgroup {
-  Barrier barrier{kWarpgroup};
+  Meeting meeting{kWarpgroup};
   Issued next;
   std::vector<Issued> group;
   std::deque<std::vector<Issued>> at_work;
@@ -88,7 +88,8 @@ struct Warpgroup {
   }
 };
 
-struct HopperBlock : Block {
+struct HopperBlock : WarpBlock {
+  using WarpBlock::WarpBlock;
   PhaseBarrier filled[kMostStages], free[kMostStages];
   Warpgroup warpgroups[kConsumers];
 };
@@ -98,10 +99,9 @@ constexpr int64_t kSimulatedBlocks = 2;
 
 struct HostHopper : HostLane {
   using Shared = HopperBlock;
-  static constexpr int kBlock = kWideThreads;
-  Shared& shared;
+  HopperBlock& shared;
 
-  HostHopper(Shared& block, int thread) : HostLane(block, thread), shared(block) {}
+  HostHopper(HopperBlock& block, int thread) : HostLane(block, thread), shared(block) {}
 
   uint32_t blocks() const { return kSimulatedBlocks; }
   Warpgroup& warpgroup() const { return shared.warpgroups[thread() / kWarpgroup]; }
@@ -130,10 +130,10 @@ struct HostHopper : HostLane {
   void consumes() const {}
 
   void begin_group() {
-    meet(warpgroup().barrier, [&] { warpgroup().fenced = true; });
+    meet(warpgroup().meeting, [&] { warpgroup().fenced = true; });
   }
   void end_group() {
-    meet(warpgroup().barrier, [&] {
+    meet(warpgroup().meeting, [&] {
       warpgroup().at_work.push_back(std::move(warpgroup().group));
       warpgroup().group.clear();
       warpgroup().fenced = false;
@@ -141,7 +141,7 @@ struct HostHopper : HostLane {
   }
   template <int most>
   void wait_groups() {
-    meet(warpgroup().barrier, [&] { warpgroup().finish(most); });
+    meet(warpgroup().meeting, [&] { warpgroup().finish(most); });
   }
 
   template <class Sums>
@@ -157,7 +157,7 @@ struct HostHopper : HostLane {
     next.b = b;
     next.d[thread() % kWarpgroup] = &d[0][0];
     next.a[thread() % kWarpgroup] = a;
-    meet(warpgroup().barrier, [&] { warpgroup().issue(); });
+    meet(warpgroup().meeting, [&] { warpgroup().issue(); });
   }
 
   void load_four(const float* from, float (&value)[4]) const {
@@ -181,11 +181,11 @@ template <class C>
 void run_wide(const Dense& call, void* scratch) {
   std::memset(scratch, 0xFF, wide_scratch_of<C>(call));
   for_each_part<C>(call, scratch, [](const WidePlan& plan) {
-    HopperBlock none{};
+    HopperBlock none(kWideThreads, 0, 0, 0);
     for (int64_t at = 0; plan.packed && at < plan.pack.count(); ++at)
       pack_x<C::kParts>(plan.pack, HostHopper(none, 0), at);
     for (uint32_t x = 0; x < std::min(plan.product.tiles, kSimulatedBlocks); ++x)
-      run_block<HostHopper>(C::kSharedBytes, x, 0, 0, [&](HostHopper& lane, unsigned char* shared) {
+      run_threads<HostHopper>(kWideThreads, C::kSharedBytes, x, 0, 0, [&](HostHopper& lane, unsigned char* shared) {
         wide_block<C>(plan.product, lane, shared);
       });
     if (plan.partial_bytes) run_finish(plan.product.finish);
