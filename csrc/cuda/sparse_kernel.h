@@ -226,8 +226,8 @@ NMKERN_DEVICE void column_block(const Columns& p, Machine& machine, unsigned cha
   const int warp = machine.thread() / kLanes, lane = machine.lane();
   auto* list = reinterpret_cast<uint16_t*>(shared + warp * kListBytes);
   auto* slab = reinterpret_cast<float*>(shared + kColumnWarps * kListBytes);
-  const int64_t first = int64_t{machine.block_x()} * kColumnWarps, k = first + warp;
-  const int64_t m0 = int64_t{machine.block_y()} * kSlab, m = m0 + lane * kEach;
+  const int64_t first = int64_t{machine.block_y()} * kColumnWarps, k = first + warp;
+  const int64_t m0 = int64_t{machine.block_x()} * kSlab, m = m0 + lane * kEach;
   Four sum{};
   for (int64_t base = 0; k < p.cols && base < p.words; base += kListWords) {
     const auto words = *reinterpret_cast<const FourWords*>(p.bits + k * p.words + base + lane * kEach);

@@ -92,8 +92,8 @@ inline TransposedPlan transposed_plan_of(const Sparse& call) {
   c.factor = call.factor;
   c.y = call.y;
   plan.prepare_blocks = p.draw_blocks + blocks(call.rows, kSquare) * blocks(call.batch, kSquare);
-  plan.blocks_x = blocks(call.cols, kColumnWarps);
-  plan.blocks_y = blocks(call.batch, kSlab);
+  plan.blocks_x = blocks(call.batch, kSlab);
+  plan.blocks_y = blocks(call.cols, kColumnWarps);
   plan.bits_bytes = call.cols * p.words * 4;
   plan.across_bytes = call.rows * p.stride * 4;
   plan.earlier_bytes = call.fan_in <= kHeld ? 0 : call.fan_in * call.rows * 4;

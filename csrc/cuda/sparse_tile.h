@@ -139,6 +139,15 @@ struct TileSource {
   int64_t batch, cols;
 };
 
+// The float32 of four elements of 16 bits, which the first two words hold.
+NMKERN_DEVICE FourWords widened(const FourWords& raw, Dtype dtype) {
+  FourWords four;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    four.v[i] = bits_of(float_of_half(uint16_t(raw.v[i / 2] >> (i % 2 * 16)), dtype));
+  return four;
+}
+
 // Rows [batch_first, batch_first + T::kRows) of x. What `meanwhile` does hides the latency of the first loads.
 //
 // A lane keeps its row and goes along it, so that all addresses are sums with constants: a warp takes 4 rows and 32
@@ -146,7 +155,7 @@ struct TileSource {
 template <class T, class Machine, class Meanwhile>
 NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, int64_t batch_first, float* tile,
                               const Meanwhile& meanwhile) {
-  constexpr int kTurns = 7;   // loads of a lane in flight together: 784 columns of 32 rows take it twice
+  constexpr int kTurns = 7;   // loads of a lane in flight together: half of 784 columns of 32 rows
   constexpr int kGroups = 8;  // of 4 columns
   constexpr int kStep = kTileWarps / T::kChunks * kGroups * kEach;
   static_assert(kStep / kEach % T::kChunks == 0, "the swizzle is the same at every step");
@@ -169,30 +178,29 @@ NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, 
   const bool wide = source.x.dtype == Dtype::float32;
   const int bytes = wide ? 4 : 2;
   const auto* from = static_cast<const unsigned char*>(source.x.data) + m * source.x.row_stride * bytes;
-  for (int first = begin; first - begin < columns; first += kTurns * kStep) {
-    FourWords raw[kTurns];
-#pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int k = first + turn * kStep;
-      raw[turn] = {};
-      if (!here || k + kEach > cols) continue;
-      if (wide) {
-        raw[turn] = *reinterpret_cast<const FourWords*>(from + k * 4);
-      } else {
-        const auto halves = *reinterpret_cast<const TwoWords*>(from + k * 2);
-        raw[turn].v[0] = halves.v[0], raw[turn].v[1] = halves.v[1];
-      }
+  FourWords raw[kTurns];
+  const auto load = [&](int turn, int k) {
+    raw[turn] = {};
+    if (!here || k + kEach > cols) return;
+    if (wide) {
+      raw[turn] = *reinterpret_cast<const FourWords*>(from + k * 4);
+    } else {
+      const auto halves = *reinterpret_cast<const TwoWords*>(from + k * 2);
+      raw[turn].v[0] = halves.v[0], raw[turn].v[1] = halves.v[1];
     }
-    if (first == begin) meanwhile();
+  };
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) load(turn, begin + turn * kStep);
+  meanwhile();
+  for (int first = begin; first < columns; first += kTurns * kStep) {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int k = first + turn * kStep;
-      if (k >= columns) continue;
+      if (!wide) raw[turn] = widened(raw[turn], source.x.dtype);
+      if (k < columns)
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const uint32_t half = raw[turn].v[i / 2] >> (i % 2 * 16);
-        put(k, i, wide ? float_of(raw[turn].v[i]) : float_of_half(uint16_t(half), source.x.dtype));
-      }
+        for (int i = 0; i < kEach; ++i) put(k, i, float_of(raw[turn].v[i]));
+      load(turn, k + kTurns * kStep);
     }
   }
   const int rest = cols / kEach * kEach;  // columns that are no four
