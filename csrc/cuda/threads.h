@@ -1,4 +1,5 @@
-// The Machine of the sparse projection's and FlyNet's blocks on the device: who a thread is, whom it waits for.
+// The Machine of the sparse projection's and FlyNet's blocks on the device: who a thread is, whom it waits
+// for.
 #pragma once
 
 #include "fragment.h"

@@ -1,7 +1,7 @@
 // A block of CUDA threads on a host: every thread is a fiber, which yields where it must wait for others.
 //
-// Whose turn is first changes from turn to turn. Shared memory starts as NaN, and a block whose threads wait for
-// each other for ever fails. fail(text) is the includer's.
+// Whose turn is first changes from turn to turn. Shared memory starts as NaN, and a block whose threads wait
+// for each other for ever fails. fail(text) is the includer's.
 #pragma once
 
 #include <ucontext.h>
