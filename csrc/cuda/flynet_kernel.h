@@ -236,7 +236,6 @@ NMKERN_DEVICE void logits_block(const Logits& p, Machine& machine, unsigned char
     }
     for (int64_t patch = 0; patch < net.patches; patch += kTilePatches) {
       if (group != first || patch != 0) {
-        machine.wait();  // the codes before have been read
         stage_codes(net, machine, group * kFlyUnits, patch, shared);
         machine.wait();
       }
@@ -260,7 +259,7 @@ NMKERN_DEVICE void logits_block(const Logits& p, Machine& machine, unsigned char
         float* to = &shared.sums[i][warp][r * kFlyRows + FlyTile::chunk_of(lane) * kEach + (lane >> 4) * 2];
         to[0] = sum[0], to[1] = sum[1];
       }
-      machine.wait();
+      machine.wait();  // the codes have been read too
       if (machine.thread() < kTilePatches * kPatchSums) {
         const int i = machine.thread() / kPatchSums, at = machine.thread() % kPatchSums;
         const int64_t row = batch_first + at % kFlyRows;

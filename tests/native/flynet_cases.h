@@ -166,6 +166,7 @@ int64_t check_flynet_cases(const Execute& execute) {
       {Family::normal, 61, 300, 30, 11, 33, Gains::bank, Dtype::bfloat16, 0, 0, 0, 0, 0, false},
       {kUniform, 6, 1024, 3, 2, 2240, Gains::bank},  // blocks that take groups in order
       {kUniform, 6, 1024, 3, 2, 2240},
+      {kUniform, 6, 64, 3, 2, 2240, Gains::each},
       {kUniform, 300, 16, 10, 3, 9, Gains::each, Dtype::float32, 0, 0, 0, 0, 0, true, true},
   };
   std::mt19937_64 random(1);
