@@ -1,5 +1,5 @@
-// The fused FlyNet on the device, and its launcher; flynet_kernel.h has what the kernels compute, flynet_plan.h how
-// a call is split.
+// The fused FlyNet on the device, and its launcher; flynet_kernel.h has what the kernels compute,
+// flynet_plan.h how a call is split.
 #include "flynet.h"
 
 #include <cuda_runtime_api.h>
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_gain_grad_kernel(const 
 uint32_t finish_blocks(int64_t values) { return uint32_t((values + kFinishThreads - 1) / kFinishThreads); }
 
 template <class Kernel, class Parameters>
-cudaError_t launch(Kernel kernel, const Parameters& parameters, dim3 grid, int64_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch(Kernel kernel, const Parameters& parameters, dim3 grid, int64_t shared_bytes,
+                   cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   if (error != cudaSuccess) return error;
@@ -87,11 +88,13 @@ int flynet_sweep(const FlyNet& net, void* scratch, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   FlyPlan plan = plan_of(net);
   float* partial = plan.place(scratch);
-  if (const cudaError_t error = cudaMemsetAsync(plan.drawing.counts, 0, plan.counts_bytes, queue); error != cudaSuccess)
+  if (const cudaError_t error = cudaMemsetAsync(plan.drawing.counts, 0, plan.counts_bytes, queue);
+      error != cudaSuccess)
     return error;
   draw_kernel<<<uint32_t(plan.draw_blocks()), kDrawThreads, 0, queue>>>(plan.drawing);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  return is_backward(net) ? launch_gain_grad(net, plan, partial, queue) : launch_logits(net, plan, partial, queue);
+  return is_backward(net) ? launch_gain_grad(net, plan, partial, queue)
+                          : launch_logits(net, plan, partial, queue);
 }
 
 }  // namespace nmkern::cuda

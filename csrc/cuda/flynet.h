@@ -5,8 +5,8 @@
 //   logits[b, c] = decoder_factor * sum_h code[c, h] * gain[t, h] * r[b, h]           t = context of b
 //   gain_grad[t, h] = sum over b of t: r[b, h] * decoder_factor * sum_c code[c, h] * d_logits[b, c]
 //
-// Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/flynet.h, but for
-// contexts out of range (see product.h).
+// Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/flynet.h, but
+// for contexts out of range (see product.h).
 #pragma once
 
 #include "../matrix.h"
@@ -34,8 +34,8 @@ struct FlyNet {
   const int64_t* context = nullptr;
 };
 
-// Scratch that the call needs, in bytes; -1 where the kernels have no room for it in 64 MiB, or in the shared memory
-// that a block may have. Pointers and strides do not matter.
+// Scratch that the call needs, in bytes; -1 where the kernels have no room for it in 64 MiB, or in the shared
+// memory that a block may have. Pointers and strides do not matter.
 int64_t flynet_scratch(const FlyNet& net, int64_t shared_bytes);
 
 // Enqueues the call on a cudaStream_t and waits for nothing; a cudaError_t. `scratch` is 16-byte aligned.

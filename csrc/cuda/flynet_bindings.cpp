@@ -33,9 +33,9 @@ struct Matrices {
   }
   template <class... Arguments>
   Tensor by_triton(const char* name, const Arguments&... arguments) const {
-    const auto found = cuda::by_triton(name, arguments..., encoder_seed, encoder_row, encoder_col, hidden, inputs,
-                                       population, fan_in, encoder_factor, family, decoder_seed, decoder_row,
-                                       decoder_col, classes, decoder_factor);
+    const auto found = cuda::by_triton(name, arguments..., encoder_seed, encoder_row, encoder_col, hidden,
+                                       inputs, population, fan_in, encoder_factor, family, decoder_seed,
+                                       decoder_row, decoder_col, classes, decoder_factor);
     return torch::stable::detail::to<Tensor>(found[0]);
   }
 };
@@ -50,11 +50,13 @@ void sweep(const FlyNet& net, const Tensor& x, int64_t bytes) {
 }
 
 Tensor flynet_logits(const Tensor& x, const Tensor& gain, std::optional<Tensor> context, int64_t encoder_seed,
-                     int64_t encoder_row, int64_t encoder_col, int64_t hidden, int64_t inputs, int64_t population,
-                     int64_t fan_in, double encoder_factor, int64_t family, int64_t decoder_seed, int64_t decoder_row,
-                     int64_t decoder_col, int64_t classes, double decoder_factor) {
-  const Matrices matrices{encoder_seed, encoder_row, encoder_col,  hidden,      inputs,      population, fan_in,
-                          encoder_factor, family,    decoder_seed, decoder_row, decoder_col, classes,    decoder_factor};
+                     int64_t encoder_row, int64_t encoder_col, int64_t hidden, int64_t inputs,
+                     int64_t population, int64_t fan_in, double encoder_factor, int64_t family,
+                     int64_t decoder_seed, int64_t decoder_row, int64_t decoder_col, int64_t classes,
+                     double decoder_factor) {
+  const Matrices matrices{encoder_seed, encoder_row, encoder_col,    hidden,        inputs,
+                          population,   fan_in,      encoder_factor, family,        decoder_seed,
+                          decoder_row,  decoder_col, classes,        decoder_factor};
   FlyNet net = matrices.network(x);
   const int64_t bytes = flynet_scratch(net, shared_of(x.get_device_index()));
   if (bytes < 0) return matrices.by_triton("nmkern::triton_flynet_logits", x, gain, context);
@@ -72,13 +74,14 @@ Tensor flynet_logits(const Tensor& x, const Tensor& gain, std::optional<Tensor> 
   return logits;
 }
 
-Tensor flynet_gain_grad(const Tensor& x, const Tensor& d_logits, std::optional<Tensor> context, int64_t contexts,
-                        int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col, int64_t hidden,
-                        int64_t inputs, int64_t population, int64_t fan_in, double encoder_factor, int64_t family,
-                        int64_t decoder_seed, int64_t decoder_row, int64_t decoder_col, int64_t classes,
-                        double decoder_factor) {
-  const Matrices matrices{encoder_seed, encoder_row, encoder_col,  hidden,      inputs,      population, fan_in,
-                          encoder_factor, family,    decoder_seed, decoder_row, decoder_col, classes,    decoder_factor};
+Tensor flynet_gain_grad(const Tensor& x, const Tensor& d_logits, std::optional<Tensor> context,
+                        int64_t contexts, int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col,
+                        int64_t hidden, int64_t inputs, int64_t population, int64_t fan_in,
+                        double encoder_factor, int64_t family, int64_t decoder_seed, int64_t decoder_row,
+                        int64_t decoder_col, int64_t classes, double decoder_factor) {
+  const Matrices matrices{encoder_seed, encoder_row, encoder_col,    hidden,        inputs,
+                          population,   fan_in,      encoder_factor, family,        decoder_seed,
+                          decoder_row,  decoder_col, classes,        decoder_factor};
   FlyNet net = matrices.network(x);
   STD_TORCH_CHECK(contexts == 1 || context || contexts == net.batch, "contexts: expected 1 or ", net.batch,
                   " without a context, got ", contexts);

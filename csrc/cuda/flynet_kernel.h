@@ -1,20 +1,21 @@
 // The fused FlyNet: hidden units are gathered, modulated and read out without leaving a block's registers.
 //
-//   counts[k] = how many units draw input k                          (draw_block of sparse_kernel.h, before all else)
-//   mean[m] = encoder_factor * (sum_k counts[k] * x[m, k]) / hidden                                   (stage_rows)
-//   r[u, m] = max(0, encoder_factor * sum over s: x[m, column(u, s)] - mean[m])                     (hidden_units)
-//   partial[s, m, c] = sum over the units u of split s: code[c, u] * (gain[t, u] * r[u, m])         (logits_block)
-//   partial[s, t, u] = sum over the rows m of t in split s: r[u, m] * factor * sum_c code[c, u] * d[m, c]
-//                                                                                                (gain_grad_block)
+//   draw_block       counts[k] = how many units draw input k                            (of sparse_kernel.h)
+//   stage_rows       mean[m] = encoder_factor * (sum_k counts[k] * x[m, k]) / hidden
+//   hidden_units     r[u, m] = max(0, encoder_factor * sum over s: x[m, column(u, s)] - mean[m])
+//   logits_block     partial[s, m, c] = sum over the units u of split s: code[c, u] * (gain[t, u] * r[u, m])
+//   gain_grad_block  partial[s, t, u] = sum over the rows m of t in split s:
+//                                       r[u, m] * decoder_factor * sum_c code[c, u] * d[m, c]
 //
-//   x -> stage_tile -> shared memory -> gather -> r -> times gain and codes, over lanes, warps, splits -> logits
+//   x -> stage_tile -> shared memory -> gather -> r -> times gain and codes -> added over a lane's units, lanes,
+//   warps and splits -> logits
 //
-// A block holds 16 rows of x and takes 512 units at a time, a lane 4 rows of 4 units. So many rows whatever the
-// device has room for: 32 would read without bank conflicts, but 784 inputs of them fill a multiprocessor of sm_89.
-// Codes are decoded once for a block and kTilePatches patches of classes.
+// A block holds 16 rows of x and takes 512 units at a time, a lane 4 rows of 4 units. So many rows whatever
+// the device has room for: 32 would be read without bank conflicts, but 784 inputs of them do not fit a block
+// of sm_89. Codes are decoded once for a block and kTilePatches patches of classes.
 //
-// Invariant: a sum is taken in an order that shapes fix: units of a lane, lanes, warps, splits; the counts are
-// integers.
+// Invariant: a sum is taken in an order that shapes fix: units of a lane, lanes, warps, splits; the counts
+// are integers.
 #pragma once
 
 #include "sparse_kernel.h"
@@ -37,12 +38,12 @@ struct Network {
   uint32_t fan_in;
   const uint32_t* columns;  // [fan_in][columns_stride], FlyTile offsets
   int64_t columns_stride;
-  const uint32_t* counts;   // [inputs]
+  const uint32_t* counts;  // [inputs]
   float encoder_factor;
   int64_t hidden;
 
   Family family;
-  Key key;  // of the decoder
+  Key key;               // of the decoder
   uint32_t class_patch;  // the patch of the first class, and how many of its rows lie before the class
   int32_t class_skip;
   int64_t patches, classes;
@@ -55,7 +56,7 @@ struct Network {
 struct FlyShared {
   alignas(16) float codes[kTileClasses][kFlyUnits];
   union {
-    float parts[kFlyRows][kPartPitch];                         // of the means
+    float parts[kFlyRows][kPartPitch];                             // of the means
     alignas(16) float sums[kTilePatches][kTileWarps][kPatchSums];  // of the logits
   };
   alignas(16) float d[kTileClasses][kFlyRows];  // gradients of the logits
@@ -69,7 +70,9 @@ NMKERN_HD constexpr int64_t fly_tile_bytes(int64_t inputs) {
   const int64_t products = int64_t{kFlyRows} * kProductPitch * 4, tile = FlyTile::bytes(inputs);
   return whole(tile > products ? tile : products, 16);
 }
-NMKERN_HD constexpr int64_t fly_shared_bytes(int64_t inputs) { return fly_tile_bytes(inputs) + int64_t{sizeof(FlyShared)} + inputs * 4; }
+NMKERN_HD constexpr int64_t fly_shared_bytes(int64_t inputs) {
+  return fly_tile_bytes(inputs) + int64_t{sizeof(FlyShared)} + inputs * 4;
+}
 
 template <Family kFamily, class Machine>
 NMKERN_DEVICE float code_of(const Machine& machine, uint32_t field) {
@@ -80,16 +83,17 @@ NMKERN_DEVICE float code_of(const Machine& machine, uint32_t field) {
 }
 
 template <Family kFamily, class Machine>
-NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t first_unit, int64_t first_patch,
-                               FlyShared& shared) {
+NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t first_unit,
+                               int64_t first_patch, FlyShared& shared) {
   constexpr int kColumns = columns_per_word(kFamily), kBits = 32 / kColumns;
   constexpr uint32_t kMask = (1u << kBits) - 1;
   const int64_t base = p.decoder_col + first_unit;
   const int skip = int(base % kColumns), words = (skip + kFlyUnits + kColumns - 1) / kColumns;
   for (int i = machine.thread(); i < kTilePatches * words; i += kTileThreads) {
     const int patch = i / words, first = i % words * kColumns - skip;
-    const Words drawn = philox4x32(uint32_t(base / kColumns) + uint32_t(i % words),
-                                   p.class_patch + uint32_t(first_patch) + uint32_t(patch), 0, uint32_t(kFamily), p.key);
+    const Words drawn =
+        philox4x32(uint32_t(base / kColumns) + uint32_t(i % words),
+                   p.class_patch + uint32_t(first_patch) + uint32_t(patch), 0, uint32_t(kFamily), p.key);
 #pragma unroll
     for (int r = 0; r < kRowsPerPatch; ++r) {
       float* to = &shared.codes[patch * kRowsPerPatch + r][0] + first;
@@ -97,7 +101,8 @@ NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t
       for (int f = 0; f < kColumns; f += kEach) {
         Four four;
 #pragma unroll
-        for (int j = 0; j < kEach; ++j) four.v[j] = code_of<kFamily>(machine, drawn.w[r] >> ((f + j) * kBits) & kMask);
+        for (int j = 0; j < kEach; ++j)
+          four.v[j] = code_of<kFamily>(machine, drawn.w[r] >> ((f + j) * kBits) & kMask);
         if (skip == 0) {
           *reinterpret_cast<Four*>(to + f) = four;
         } else {
@@ -112,8 +117,8 @@ NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t
 
 // Codes of kTilePatches patches of classes from first_patch on, for the kFlyUnits units from first_unit on.
 template <class Machine>
-NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t first_unit, int64_t first_patch,
-                               FlyShared& shared) {
+NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t first_unit,
+                               int64_t first_patch, FlyShared& shared) {
   if (p.family == Family::rademacher)
     stage_codes<Family::rademacher>(p, machine, first_unit, first_patch, shared);
   else if (p.family == Family::uniform)
@@ -124,10 +129,11 @@ NMKERN_DEVICE void stage_codes(const Network& p, const Machine& machine, int64_t
 
 // x of kFlyRows rows, and their means: ends with all of it there for all threads.
 template <class Machine, class Meanwhile>
-NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_first, float* tile, FlyShared& shared,
-                              const Meanwhile& meanwhile) {
+NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_first, float* tile,
+                              FlyShared& shared, const Meanwhile& meanwhile) {
   stage_tile<FlyTile>(p.source, machine, batch_first, tile, [&] {
-    for (int k = machine.thread(); k < int(p.source.cols); k += kTileThreads) shared.counts[k] = float(p.counts[k]);
+    for (int k = machine.thread(); k < int(p.source.cols); k += kTileThreads)
+      shared.counts[k] = float(p.counts[k]);
     meanwhile();
   });
   machine.wait();
@@ -136,7 +142,8 @@ NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_
   for (int k = part; k < int(p.source.cols); k += kFlyParts) {
     const float count = shared.counts[k];
     if (count == 0) continue;  // not even a NaN of an input that no unit draws
-    const auto x = *reinterpret_cast<const Four*>(tile + (FlyTile::offset(uint32_t(k)) ^ uint32_t(chunk) * 16) / 4);
+    const auto x =
+        *reinterpret_cast<const Four*>(tile + (FlyTile::offset(uint32_t(k)) ^ uint32_t(chunk) * 16) / 4);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) sum[e] = Machine::multiply_add(count, x.v[e], sum[e]);
   }
@@ -146,11 +153,13 @@ NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_
   const int row = machine.thread() / kLanes;
   float total = 0;
 #pragma unroll
-  for (int i = machine.lane(); i < kFlyParts; i += kLanes) total = Machine::rounded_sum(total, shared.parts[row][i]);
+  for (int i = machine.lane(); i < kFlyParts; i += kLanes)
+    total = Machine::rounded_sum(total, shared.parts[row][i]);
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2)
     total = Machine::rounded_sum(total, machine.from_lane(total, machine.lane() ^ distance));
-  if (machine.lane() == 0) shared.mean[row] = Machine::rounded_product(total, p.encoder_factor) / float(p.hidden);
+  if (machine.lane() == 0)
+    shared.mean[row] = Machine::rounded_product(total, p.encoder_factor) / float(p.hidden);
   machine.wait();
 }
 
@@ -158,9 +167,9 @@ NMKERN_DEVICE void stage_rows(const Network& p, Machine& machine, int64_t batch_
 template <class Machine>
 NMKERN_DEVICE void hidden_units(const Network& p, const Machine& machine, int64_t unit, const float* tile,
                                 const FlyShared& shared, float (&r)[kEach][kEach]) {
-  gather<FlyTile, 8>(machine, tile, p.fan_in, [&](uint32_t s) {
+  gather<FlyTile, 8>(machine, tile, p.fan_in, r, [&](uint32_t s) {
     return *reinterpret_cast<const FourWords*>(p.columns + s * p.columns_stride + unit);
-  }, r);
+  });
   const float* mean = shared.mean + FlyTile::chunk_of(machine.lane()) * kEach;
 #pragma unroll
   for (int u = 0; u < kEach; ++u)
@@ -178,7 +187,8 @@ struct Logits {
   float* partial;                // [splits][M][patches * 4]
 };
 
-// v over the 8 lanes that have other units: a lane is left with the sums of class `r` and rows `e` and e + 1 of its 4.
+// Adds v over the 8 lanes that have other units. A lane is left with the sums of one class and two rows of its
+// own: bits 2 and 3 of its number say which class, bit 4 which rows.
 template <class Machine>
 NMKERN_DEVICE void add_lanes(Machine& machine, const float (&v)[kRowsPerPatch][kEach], float (&out)[2]) {
   const int lane = machine.lane();
@@ -226,7 +236,6 @@ NMKERN_DEVICE void logits_block(const Logits& p, Machine& machine, unsigned char
     }
     for (int64_t patch = 0; patch < net.patches; patch += kTilePatches) {
       if (group != first || patch != 0) {
-        machine.wait();  // the codes before have been read
         stage_codes(net, machine, group * kFlyUnits, patch, shared);
         machine.wait();
       }
@@ -246,11 +255,11 @@ NMKERN_DEVICE void logits_block(const Logits& p, Machine& machine, unsigned char
         }
         float sum[2];
         add_lanes(machine, v, sum);
-        const int r = (lane >> 1 & 2) + (lane >> 3 & 1), e = FlyTile::chunk_of(lane) * kEach + (lane >> 4) * 2;
-        shared.sums[i][warp][r * kFlyRows + e] = sum[0];
-        shared.sums[i][warp][r * kFlyRows + e + 1] = sum[1];
+        const int r = (lane >> 1 & 2) + (lane >> 3 & 1);
+        float* to = &shared.sums[i][warp][r * kFlyRows + FlyTile::chunk_of(lane) * kEach + (lane >> 4) * 2];
+        to[0] = sum[0], to[1] = sum[1];
       }
-      machine.wait();
+      machine.wait();  // the codes have been read too
       if (machine.thread() < kTilePatches * kPatchSums) {
         const int i = machine.thread() / kPatchSums, at = machine.thread() % kPatchSums;
         const int64_t row = batch_first + at % kFlyRows;
@@ -287,15 +296,15 @@ struct GainGrad {
   Network net;
   Matrix d_logits;
   int64_t row_groups, split_groups;  // of kFlyRows rows: all, and those that a block takes in order
-  bool each;      // a row of the result for every row of the batch
-  int64_t rows;   // of the result
+  bool each;                         // a row of the result for every row of the batch
+  int64_t rows;                      // of the result
   float* result;  // [splits][rows][hidden]; with several rows and not `each`, zeros that are added to
 };
 
 // Gradients of the logits for kFlyRows rows, and the rows of the result that those belong to.
 template <class Machine>
-NMKERN_DEVICE void stage_gradients(const GainGrad& p, const Machine& machine, int64_t batch_first, int64_t first_patch,
-                                   FlyShared& shared) {
+NMKERN_DEVICE void stage_gradients(const GainGrad& p, const Machine& machine, int64_t batch_first,
+                                   int64_t first_patch, FlyShared& shared) {
   if (machine.thread() < kTileClasses * kFlyRows) {
     const int i = machine.thread() % kTileClasses, row = machine.thread() / kTileClasses;
     const int64_t c = first_patch * kRowsPerPatch + i - p.net.class_skip, m = batch_first + row;
@@ -308,8 +317,8 @@ NMKERN_DEVICE void stage_gradients(const GainGrad& p, const Machine& machine, in
   }
 }
 
-// The sum of the products of all rows, from i on, that belong to the same row of the result as i; false where an
-// earlier one does, or none.
+// The sum of the products of all rows, from i on, that belong to the same row of the result as i; false where
+// an earlier one does, or none.
 template <class Machine>
 NMKERN_DEVICE bool add_rows(const FlyShared& shared, const float* products, int i, float& sum) {
   const int64_t row = shared.row[i];
@@ -356,14 +365,16 @@ NMKERN_DEVICE void gain_grad_block(const GainGrad& p, Machine& machine, unsigned
 #pragma unroll
         for (int u = 0; u < kEach; ++u)
 #pragma unroll
-          for (int e = 0; e < kEach; ++e) pulled[u][e] = Machine::multiply_add(code.v[u], d.v[e], pulled[u][e]);
+          for (int e = 0; e < kEach; ++e)
+            pulled[u][e] = Machine::multiply_add(code.v[u], d.v[e], pulled[u][e]);
       }
     }
 #pragma unroll
     for (int u = 0; u < kEach; ++u)
 #pragma unroll
       for (int e = 0; e < kEach; ++e)
-        r[u][e] = Machine::rounded_product(r[u][e], Machine::rounded_product(pulled[u][e], net.decoder_factor));
+        r[u][e] =
+            Machine::rounded_product(r[u][e], Machine::rounded_product(pulled[u][e], net.decoder_factor));
     if (p.each) {
 #pragma unroll
       for (int e = 0; e < kEach; ++e)

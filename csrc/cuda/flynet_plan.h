@@ -1,7 +1,7 @@
 // From a call of the fused FlyNet to its launches and their scratch, and whether there is room for it.
 //
-// Invariant: it follows from shapes and constants, never from the device, so that every GPU takes the same sums in
-// the same order.
+// Invariant: it follows from shapes and constants, never from the device, so that every GPU takes the same
+// sums in the same order.
 #pragma once
 
 #include "flynet.h"
@@ -15,7 +15,7 @@ struct FlyPlan {
   Network network;
   int64_t row_groups, unit_groups;
   int64_t shared_bytes;
-  int64_t splits;  // forward of the units, backward of the rows
+  int64_t splits;        // forward of the units, backward of the rows
   int64_t block_groups;  // of units (forward) or rows (backward), that a block takes
   bool each;
   int64_t columns_bytes, counts_bytes, partial_bytes;
@@ -43,12 +43,8 @@ inline FlyPlan plan_of(const FlyNet& net) {
   plan.shared_bytes = fly_shared_bytes(net.inputs);
 
   Drawing& d = plan.drawing;
-  d.draws = {net.encoder_key,
-             uint32_t(net.encoder_row),
-             uint32_t(net.population),
-             uint32_t(net.fan_in),
-             uint32_t(net.encoder_col),
-             uint32_t(net.inputs)};
+  d.draws = {net.encoder_key,      uint32_t(net.encoder_row), uint32_t(net.population),
+             uint32_t(net.fan_in), uint32_t(net.encoder_col), uint32_t(net.inputs)};
   d.rows = net.hidden;
   d.stride = plan.unit_groups * kFlyUnits;
   plan.columns_bytes = net.fan_in * d.stride * 4;
@@ -75,7 +71,8 @@ inline FlyPlan plan_of(const FlyNet& net) {
   plan.each = backward && net.gain_grad.rows > 1 && !net.context;
   const int64_t all = backward ? plan.row_groups : plan.unit_groups;
   const int64_t others = std::max<int64_t>(1, backward ? plan.unit_groups : plan.row_groups);
-  const int64_t split_bytes = (backward ? net.gain_grad.rows * net.hidden : net.batch * n.patches * kRowsPerPatch) * 4;
+  const int64_t split_bytes =
+      (backward ? net.gain_grad.rows * net.hidden : net.batch * n.patches * kRowsPerPatch) * 4;
   const int64_t left = kSparseScratch - plan.columns_bytes - plan.counts_bytes;
   const int64_t wanted = std::max<int64_t>(
       1, std::min({all, kSparseBlocks / others, plan.each ? all : left / std::max<int64_t>(1, split_bytes)}));
@@ -92,13 +89,18 @@ inline Logits logits_of(const FlyNet& net, const FlyPlan& plan, float* partial) 
 
 inline FinishLogits finish_of(const FlyNet& net, const Logits& logits, int64_t splits) {
   const Network& n = logits.net;
-  return {logits.partial, splits,      n.patches * kRowsPerPatch, n.class_skip, net.batch,
-          net.classes,    n.decoder_factor, net.logits};
+  return {logits.partial, splits,      n.patches * kRowsPerPatch, n.class_skip,
+          net.batch,      net.classes, n.decoder_factor,          net.logits};
 }
 
 inline GainGrad gain_grad_of(const FlyNet& net, const FlyPlan& plan, float* partial) {
-  return {plan.network, net.logits,         plan.row_groups, plan.block_groups,
-          plan.each,    net.gain_grad.rows, plan.partial_bytes ? partial : net.gain_grad.data};
+  return {plan.network,
+          net.logits,
+          plan.row_groups,
+          plan.block_groups,
+          plan.each,
+          net.gain_grad.rows,
+          plan.partial_bytes ? partial : net.gain_grad.data};
 }
 
 // flynet_scratch of flynet.h.
@@ -106,7 +108,8 @@ inline int64_t scratch_of(const FlyNet& net, int64_t shared_bytes) {
   // Before a product of sizes passes 2^63.
   if (std::max({net.fan_in, net.hidden, net.inputs}) > kSparseScratch) return -1;
   const FlyPlan plan = plan_of(net);
-  return plan.shared_bytes <= shared_bytes && plan.scratch_bytes() <= kSparseScratch ? plan.scratch_bytes() : -1;
+  return plan.shared_bytes <= shared_bytes && plan.scratch_bytes() <= kSparseScratch ? plan.scratch_bytes()
+                                                                                     : -1;
 }
 
 }  // namespace nmkern::cuda

@@ -1,4 +1,5 @@
-// What the operators of the CUDA library share: errors, PyTorch's current stream, calls of Triton's operators.
+// What the operators of the CUDA library share: errors, PyTorch's current stream, calls of Triton's
+// operators.
 //
 // Nothing here waits for the device, and no symbol of CUDA is needed.
 #pragma once

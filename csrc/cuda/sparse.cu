@@ -78,7 +78,8 @@ int sparse_product(const Sparse& call, int64_t shared_bytes, void* scratch, void
   if (call.batch == 0 || call.rows == 0 || call.cols == 0) return cudaSuccess;
   const auto queue = static_cast<cudaStream_t>(stream);
   if (call.transposed) return launch_transposed(call, scratch, queue);
-  return with_plan(call, shared_bytes, LaunchForward{scratch, queue}, [] { return int(cudaErrorInvalidValue); });
+  return with_plan(call, shared_bytes, LaunchForward{scratch, queue},
+                   [] { return int(cudaErrorInvalidValue); });
 }
 
 }  // namespace nmkern::cuda

@@ -1,4 +1,5 @@
-// The sparse projection of the CUDA library as an operator. What its kernels have no room for goes on to Triton's.
+// The sparse projection of the CUDA library as an operator. What its kernels have no room for goes on to
+// Triton's.
 #include "operators.h"
 #include "sparse.h"
 

@@ -4,12 +4,12 @@
 //   y[m, k] = factor * sum over the rows n that drew k, upward: x[m, n]        (prepare_block, column_block)
 //
 // Forward, a block holds all columns of some rows of x and draws the columns of its units itself, so that one
-// launch does it all: x -> stage_tile -> shared memory -> gather -> y. Where the draws of a block's units have
-// no room beside the tile, draw_block has drawn them into memory before.
+// launch does it all: x -> stage_tile -> shared memory -> gather -> y. Where the draws of a block's units
+// have no room beside the tile, draw_block has drawn them into memory before.
 //
-// Transposed, bit n of column k says whether row n drew k: a row draws a column at most once, and which of two
-// rows set its bit first leaves no trace. A warp owns a column, lists its rows and adds what x has for them,
-// 128 rows of the batch at a time, from x transposed, where those are neighbours.
+// Transposed, bit n of column k says whether row n drew k: a row draws a column at most once, and which of
+// two rows set its bit first leaves no trace. A warp owns a column, lists its rows and adds what x has for
+// them, 128 rows of the batch at a time, from x transposed, where those are neighbours.
 //
 // Invariant: a sum has one owner, and the order of the draws or of the rows; the only atomics set bits.
 #pragma once
@@ -21,14 +21,16 @@
 namespace nmkern::cuda {
 
 // Four values of neighbouring columns; `fours`: takes_four(y), and then col is a multiple of 4.
-NMKERN_DEVICE void store_four(const Matrix& y, bool fours, int64_t row, int64_t col, int64_t cols, const Four& value) {
+NMKERN_DEVICE void store_four(const Matrix& y, bool fours, int64_t row, int64_t col, int64_t cols,
+                              const Four& value) {
   if (fours && col + kEach <= cols) {
     const int64_t at = row * y.row_stride + col;
     if (y.dtype == Dtype::float32) {
       store(static_cast<float*>(y.data) + at, value);
     } else {
       const auto half = [&](int i) { return uint32_t{half_of(value.v[i], y.dtype)}; };
-      store(static_cast<uint16_t*>(y.data) + at, TwoWords{{half(0) | half(1) << 16, half(2) | half(3) << 16}});
+      store(static_cast<uint16_t*>(y.data) + at,
+            TwoWords{{half(0) | half(1) << 16, half(2) | half(3) << 16}});
     }
     return;
   }
@@ -41,8 +43,8 @@ struct Forward {
   TileSource source;
   Draws draws;
   int64_t outputs;
-  int32_t groups;        // of Tile::kUnits outputs
-  int32_t block_groups;  // that a block takes one after the other
+  int32_t groups;           // of Tile::kUnits outputs
+  int32_t block_groups;     // that a block takes one after the other
   const uint32_t* columns;  // [fan_in][columns_stride], what draw_block has drawn; null: drawn here
   int64_t columns_stride;
   float factor;
@@ -76,13 +78,13 @@ NMKERN_DEVICE void forward_block(const Forward& p, Machine& machine, unsigned ch
     const int64_t n = int64_t{group} * T::kUnits + unit;
     float sums[kEach][kEach];
     if (p.columns)
-      gather<T, 8>(machine, tile, p.draws.fan_in, [&](uint32_t s) {
+      gather<T, 8>(machine, tile, p.draws.fan_in, sums, [&](uint32_t s) {
         return *reinterpret_cast<const FourWords*>(p.columns + s * p.columns_stride + n);
-      }, sums);
+      });
     else
-      gather<T, 2>(machine, tile, p.draws.fan_in, [&](uint32_t s) {
+      gather<T, 2>(machine, tile, p.draws.fan_in, sums, [&](uint32_t s) {
         return *reinterpret_cast<const FourWords*>(table + s * T::kUnits + unit);
-      }, sums);
+      });
     const int64_t m = batch_first + T::chunk_of(machine.lane()) * kEach;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
@@ -123,17 +125,17 @@ NMKERN_DEVICE void draw_block(const Drawing& p, const Machine& machine) {
 struct Prepare {
   Draws draws;
   int64_t rows, draw_blocks;
-  uint32_t* bits;      // [cols][words], zeros
-  int64_t words;       // of a column, a multiple of kListWords
-  uint32_t* earlier;   // [fan_in][rows]: scratch for more than kHeld draws
-  Matrix x;            // [M, rows]
+  uint32_t* bits;     // [cols][words], zeros
+  int64_t words;      // of a column, a multiple of kListWords
+  uint32_t* earlier;  // [fan_in][rows]: scratch for more than kHeld draws
+  Matrix x;           // [M, rows]
   int64_t batch;
-  float* across;       // [rows][stride]
-  int64_t stride;      // M and zeros up to a multiple of 4
+  float* across;   // [rows][stride]
+  int64_t stride;  // M and zeros up to a multiple of 4
 };
 
-constexpr int kSquare = 32;                  // rows and columns that a block transposes
-constexpr int kSquarePitch = kSquare + 1;    // floats; one more, so that columns lie in 32 banks
+constexpr int kSquare = 32;                // rows and columns that a block transposes
+constexpr int kSquarePitch = kSquare + 1;  // floats; one more, so that columns lie in 32 banks
 constexpr int kPrepareBytes = kSquare * kSquarePitch * 4;
 
 template <class Machine>
@@ -226,8 +228,8 @@ NMKERN_DEVICE void column_block(const Columns& p, Machine& machine, unsigned cha
   const int warp = machine.thread() / kLanes, lane = machine.lane();
   auto* list = reinterpret_cast<uint16_t*>(shared + warp * kListBytes);
   auto* slab = reinterpret_cast<float*>(shared + kColumnWarps * kListBytes);
-  const int64_t first = int64_t{machine.block_x()} * kColumnWarps, k = first + warp;
-  const int64_t m0 = int64_t{machine.block_y()} * kSlab, m = m0 + lane * kEach;
+  const int64_t first = int64_t{machine.block_y()} * kColumnWarps, k = first + warp;
+  const int64_t m0 = int64_t{machine.block_x()} * kSlab, m = m0 + lane * kEach;
   Four sum{};
   for (int64_t base = 0; k < p.cols && base < p.words; base += kListWords) {
     const auto words = *reinterpret_cast<const FourWords*>(p.bits + k * p.words + base + lane * kEach);
@@ -240,7 +242,8 @@ NMKERN_DEVICE void column_block(const Columns& p, Machine& machine, unsigned cha
       Four value[kTurns];
 #pragma unroll
       for (int j = 0; j < kTurns; ++j)
-        value[j] = *reinterpret_cast<const Four*>(from + (i + j < total ? listed.n[j] : listed.n[0]) * p.stride);
+        value[j] =
+            *reinterpret_cast<const Four*>(from + (i + j < total ? listed.n[j] : listed.n[0]) * p.stride);
 #pragma unroll
       for (int j = 0; j < kTurns; ++j)
 #pragma unroll

@@ -1,7 +1,7 @@
 // From a call of the sparse projection to its kernels and launches, and whether there are any for it.
 //
-// Invariant: what a launch sums, and in which order, does not depend on the device; how many rows of x a block
-// holds may.
+// Invariant: what a launch sums, and in which order, does not depend on the device; how many rows of x a
+// block holds may.
 #pragma once
 
 #include <algorithm>
@@ -92,8 +92,8 @@ inline TransposedPlan transposed_plan_of(const Sparse& call) {
   c.factor = call.factor;
   c.y = call.y;
   plan.prepare_blocks = p.draw_blocks + blocks(call.rows, kSquare) * blocks(call.batch, kSquare);
-  plan.blocks_x = blocks(call.cols, kColumnWarps);
-  plan.blocks_y = blocks(call.batch, kSlab);
+  plan.blocks_x = blocks(call.batch, kSlab);
+  plan.blocks_y = blocks(call.cols, kColumnWarps);
   plan.bits_bytes = call.cols * p.words * 4;
   plan.across_bytes = call.rows * p.stride * 4;
   plan.earlier_bytes = call.fan_in <= kHeld ? 0 : call.fan_in * call.rows * 4;
@@ -127,7 +127,8 @@ struct ScratchOf {
 
 // sparse_scratch of sparse.h.
 inline int64_t scratch_of(const Sparse& call, int64_t shared_bytes) {
-  if (std::max({call.fan_in, call.transposed ? call.rows : 0, call.transposed ? call.cols : 0}) > kSparseScratch)
+  if (std::max({call.fan_in, call.transposed ? call.rows : 0, call.transposed ? call.cols : 0}) >
+      kSparseScratch)
     return -1;  // before a product of sizes passes 2^63
   if (call.transposed) {
     const int64_t bytes = transposed_plan_of(call).scratch_bytes();

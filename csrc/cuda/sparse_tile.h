@@ -1,4 +1,4 @@
-// What the sparse projection and FlyNet share: drawing a row's columns, x in shared memory, gathering from it.
+// What the sparse projection and FlyNet share: drawing a row's columns, x in shared memory, gathering.
 //
 //   draw_row    the columns of a row of the matrix, by Floyd's sampling, one thread a row
 //   stage_tile  R rows of the batch and all their columns into shared memory, batch rows innermost
@@ -7,8 +7,8 @@
 // A row of the tile is R floats, R / 4 chunks of 16 bytes. A lane reads one chunk of a drawn column at once;
 // R / 4 lanes read the whole row of the tile. With R = 32 the 8 lanes that a 16-byte load serves at once read
 // 128 consecutive bytes, whatever is drawn: no bank conflicts. With 16 and 8 rows 2 and 4 columns share them,
-// 1.5 and 2.1 loads on average. Chunks are swizzled by bits of the column, so that storing what was read along
-// columns is free of conflicts too (R = 32).
+// 1.5 and 2.1 loads on average. Chunks are swizzled by bits of the column, so that storing what was read
+// along columns is free of conflicts too (R = 32).
 // Invariant: a sum is taken in the order of the draws.
 #pragma once
 
@@ -32,7 +32,7 @@ struct alignas(8) TwoWords {
   uint32_t v[2];
 };
 
-// To global memory at once: of a plain assignment the compiler makes four stores where a branch beside it has four.
+// To global memory at once: of a plain assignment beside a branch with four stores the compiler makes four.
 NMKERN_DEVICE void store(float* to, const Four& four) {
 #if defined(__CUDACC__)
   __stcg(reinterpret_cast<float4*>(to), make_float4(four.v[0], four.v[1], four.v[2], four.v[3]));
@@ -108,9 +108,9 @@ NMKERN_DEVICE void draw_row(const Draws& d, uint32_t row, uint32_t* earlier, int
 template <int rows>
 struct Tile {
   static constexpr int kRows = rows;
-  static constexpr int kChunks = rows / kEach;                           // of a column, a lane each
+  static constexpr int kChunks = rows / kEach;  // of a column, a lane each
   static constexpr int kWarpUnits = kLanes / kChunks * kEach;
-  static constexpr int kUnits = kTileWarps * kWarpUnits;                 // of a block
+  static constexpr int kUnits = kTileWarps * kWarpUnits;  // of a block
   static_assert(rows == 8 || rows == 16 || rows == 32);
 
   // One column more, of zeros; whole groups of 4.
@@ -127,7 +127,7 @@ struct Tile {
   }
 };
 
-// Whether four neighbouring columns of a row can be read or written at once, where the first is a multiple of 4.
+// Whether four neighbouring columns of a row, from a multiple of 4 on, can be read or written at once.
 inline bool takes_four(const Matrix& a) {
   const uintptr_t bytes = a.dtype == Dtype::float32 ? 16 : 8;
   return a.col_stride == 1 && a.row_stride % kEach == 0 && reinterpret_cast<uintptr_t>(a.data) % bytes == 0;
@@ -139,14 +139,23 @@ struct TileSource {
   int64_t batch, cols;
 };
 
-// Rows [batch_first, batch_first + T::kRows) of x. What `meanwhile` does hides the latency of the first loads.
+// The float32 of four elements of 16 bits, which the first two words hold.
+NMKERN_DEVICE FourWords widened(const FourWords& raw, Dtype dtype) {
+  FourWords four;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    four.v[i] = bits_of(float_of_half(uint16_t(raw.v[i / 2] >> (i % 2 * 16)), dtype));
+  return four;
+}
+
+// Rows [batch_first, batch_first + T::kRows) of x. `meanwhile()` hides the latency of the first loads.
 //
-// A lane keeps its row and goes along it, so that all addresses are sums with constants: a warp takes 4 rows and 32
-// columns at a time, the block's warps the other rows and the next columns.
+// A lane keeps its row and goes along it, so that all addresses are sums with constants: a warp takes 4 rows
+// and 32 columns at a time, the block's warps the other rows and the next columns.
 template <class T, class Machine, class Meanwhile>
-NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, int64_t batch_first, float* tile,
-                              const Meanwhile& meanwhile) {
-  constexpr int kTurns = 7;   // loads of a lane in flight together: 784 columns of 32 rows take it twice
+NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, int64_t batch_first,
+                              float* tile, const Meanwhile& meanwhile) {
+  constexpr int kTurns = 7;   // loads of a lane in flight together: half of 784 columns of 32 rows
   constexpr int kGroups = 8;  // of 4 columns
   constexpr int kStep = kTileWarps / T::kChunks * kGroups * kEach;
   static_assert(kStep / kEach % T::kChunks == 0, "the swizzle is the same at every step");
@@ -169,30 +178,29 @@ NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, 
   const bool wide = source.x.dtype == Dtype::float32;
   const int bytes = wide ? 4 : 2;
   const auto* from = static_cast<const unsigned char*>(source.x.data) + m * source.x.row_stride * bytes;
-  for (int first = begin; first - begin < columns; first += kTurns * kStep) {
-    FourWords raw[kTurns];
-#pragma unroll
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const int k = first + turn * kStep;
-      raw[turn] = {};
-      if (!here || k + kEach > cols) continue;
-      if (wide) {
-        raw[turn] = *reinterpret_cast<const FourWords*>(from + k * 4);
-      } else {
-        const auto halves = *reinterpret_cast<const TwoWords*>(from + k * 2);
-        raw[turn].v[0] = halves.v[0], raw[turn].v[1] = halves.v[1];
-      }
+  FourWords raw[kTurns];
+  const auto load = [&](int turn, int k) {
+    raw[turn] = {};
+    if (!here || k + kEach > cols) return;
+    if (wide) {
+      raw[turn] = *reinterpret_cast<const FourWords*>(from + k * 4);
+    } else {
+      const auto halves = *reinterpret_cast<const TwoWords*>(from + k * 2);
+      raw[turn].v[0] = halves.v[0], raw[turn].v[1] = halves.v[1];
     }
-    if (first == begin) meanwhile();
+  };
+#pragma unroll
+  for (int turn = 0; turn < kTurns; ++turn) load(turn, begin + turn * kStep);
+  meanwhile();
+  for (int first = begin; first < columns; first += kTurns * kStep) {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int k = first + turn * kStep;
-      if (k >= columns) continue;
+      if (!wide) raw[turn] = widened(raw[turn], source.x.dtype);
+      if (k < columns)
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const uint32_t half = raw[turn].v[i / 2] >> (i % 2 * 16);
-        put(k, i, wide ? float_of(raw[turn].v[i]) : float_of_half(uint16_t(half), source.x.dtype));
-      }
+        for (int i = 0; i < kEach; ++i) put(k, i, float_of(raw[turn].v[i]));
+      load(turn, k + kTurns * kStep);
     }
   }
   const int rest = cols / kEach * kEach;  // columns that are no four
@@ -200,11 +208,11 @@ NMKERN_DEVICE void stage_tile(const TileSource& source, const Machine& machine, 
     for (int i = 0; rest + i < cols; ++i) put(rest, i, read_element(source.x, m, rest + i));
 }
 
-// offsets(s): T::offset of what the lane's four units drew in step s, which is asked for `ahead` steps at once: 2 of
-// shared memory keep the loads busy, of global memory more hide the latency.
+// offsets(s): T::offset of what the lane's four units drew in step s, which is asked for `ahead` steps at
+// once: 2 of shared memory keep the loads busy, of global memory more hide the latency.
 template <class T, int ahead, class Machine, class Offsets>
-NMKERN_DEVICE void gather(const Machine& machine, const float* tile, uint32_t fan_in, const Offsets& offsets,
-                          float (&sums)[kEach][kEach]) {
+NMKERN_DEVICE void gather(const Machine& machine, const float* tile, uint32_t fan_in,
+                          float (&sums)[kEach][kEach], const Offsets& offsets) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(tile);
   const uint32_t chunk = uint32_t(T::chunk_of(machine.lane())) * 16;
 #pragma unroll

@@ -30,7 +30,8 @@ int64_t shared_limit() {
   return most;
 }
 
-// launch(scratch) twice, into `bytes` at `result`: the second time with the first's bits. Scratch starts as NaN.
+// launch(scratch) twice, into `bytes` at `result`: the second time with the first's bits. Scratch starts as
+// NaN.
 template <class Launch>
 void run_twice(int64_t scratch_bytes, void* result, size_t bytes, const Launch& launch) {
   if (scratch_bytes < 0) fail("no kernel has room");

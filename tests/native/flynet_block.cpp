@@ -8,7 +8,8 @@ void execute(const FlyNet& net) {
   const int64_t bytes = scratch_of(net, 99 << 10);
   if (bytes < 0) fail("there is no room");
   Buffer<uint32_t> scratch(bytes / 4 + 4, 0xFFFFFFFFu);
-  run_flynet(net, reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~uintptr_t{15}));
+  run_flynet(net,
+             reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~uintptr_t{15}));
 }
 
 // Of many units or rows a block takes several groups in order.

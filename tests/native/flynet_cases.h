@@ -1,8 +1,8 @@
 // The cases of the fused FlyNet and their reference, for a host (flynet_block.cpp) and for a GPU
 // (flynet_device.cpp): both run all of them and compare outputs.
 //
-// With integers, a power of two of units and powers of two for factors every sum is exact, in whatever order, and
-// outputs are compared bit for bit; floats are compared with a bound on what rounding may do.
+// With integers, a power of two of units and powers of two for factors every sum is exact, in whatever order,
+// and outputs are compared bit for bit; floats are compared with a bound on what rounding may do.
 #pragma once
 
 #include "../../csrc/cuda/flynet.h"
@@ -27,7 +27,8 @@ int fly_code(const FlyNet& net, int64_t row, int64_t col) {
   row += net.decoder_row, col += net.decoder_col;
   const int columns = columns_per_word(net.family), bits = 32 / columns;
   const uint32_t word =
-      philox4x32(uint32_t(col / columns), uint32_t(row / 4), 0, uint32_t(net.family), net.decoder_key).w[row % 4];
+      philox4x32(uint32_t(col / columns), uint32_t(row / 4), 0, uint32_t(net.family), net.decoder_key)
+          .w[row % 4];
   return decode(net.family, word >> (col % columns * bits) & ((1u << bits) - 1));
 }
 
@@ -102,13 +103,14 @@ void check_flynet(const FlyCase& c, std::mt19937_64& random, const Execute& exec
                            Dtype dtype) {
     if (magnitude > 0x1p23 && c.exact) fail("the case itself is not exact");
     const double unit = dtype == Dtype::float32 ? 0 : dtype == Dtype::bfloat16 ? 0x1p-8 : 0x1p-11;
-    const bool good = c.exact || want != want
-                          ? same(found, rounded(float(want), dtype))
-                          : std::abs(found - want) <= 0x1p-24 * double(c.fan_in + 60) * magnitude + unit * std::abs(want);
+    const bool good =
+        c.exact || want != want
+            ? same(found, rounded(float(want), dtype))
+            : std::abs(found - want) <= 0x1p-24 * double(c.fan_in + 60) * magnitude + unit * std::abs(want);
     if (!good)
       fail("family " + std::to_string(unsigned(c.family)) + " M " + std::to_string(c.batch) + " hidden " +
-           std::to_string(c.hidden) + ": " + name + "[" + std::to_string(i) + ", " + std::to_string(j) + "] is " +
-           std::to_string(found) + ", expected " + std::to_string(want));
+           std::to_string(c.hidden) + ": " + name + "[" + std::to_string(i) + ", " + std::to_string(j) +
+           "] is " + std::to_string(found) + ", expected " + std::to_string(want));
   };
   std::vector<std::vector<double>> all, sizes;
   for (int64_t m = 0; m < c.batch; ++m) all.push_back(hidden(m, false)), sizes.push_back(hidden(m, true));
@@ -119,7 +121,8 @@ void check_flynet(const FlyCase& c, std::mt19937_64& random, const Execute& exec
         const double weight = fly_code(net, cls, u) * double(gain[row[m] * c.hidden + u]);
         want += weight * all[m][u], magnitude += std::abs(weight) * sizes[m][u];
       }
-      compare("logits", m, cls, logits.get(m, cls), want * net.decoder_factor, magnitude * net.decoder_factor, c.dtype);
+      compare("logits", m, cls, logits.get(m, cls), want * net.decoder_factor, magnitude * net.decoder_factor,
+              c.dtype);
     }
 
   Held d(c.batch, c.classes, c.dtype);
@@ -155,14 +158,15 @@ int64_t check_flynet_cases(const Execute& execute) {
       {kUniform, 40, 128, 10, 7, 37},
       {Family::rademacher, 33, 128, 3, 3, 16, Gains::bank},
       {Family::normal, 24, 64, 5, 2, 21, Gains::each},
-      {kUniform, 40, 1024, 13, 3, 5, Gains::one, Dtype::bfloat16},                  // two groups of units, two tiles
-      {kUniform, 45, 128, 11, 3, 40, Gains::bank, Dtype::float16, 3, 5, 2, 2, 9},   // views of both matrices
+      {kUniform, 40, 1024, 13, 3, 5, Gains::one, Dtype::bfloat16},  // two groups of units, two tiles
+      {kUniform, 45, 128, 11, 3, 40, Gains::bank, Dtype::float16, 3, 5, 2, 2, 9},  // views of both matrices
       {Family::rademacher, 20, 64, 4, 20, 17, Gains::bank, Dtype::float32, 0, 0, 0, 3, 31},
       {Family::normal, 20, 32, 1, 9, 1, Gains::one, Dtype::float32, 1, 2, 3, 1, 3},
       {kUniform, 40, 700, 10, 7, 20, Gains::one, Dtype::float32, 0, 0, 0, 1, 5, false},
       {Family::normal, 61, 300, 30, 11, 33, Gains::bank, Dtype::bfloat16, 0, 0, 0, 0, 0, false},
       {kUniform, 6, 1024, 3, 2, 2240, Gains::bank},  // blocks that take groups in order
       {kUniform, 6, 1024, 3, 2, 2240},
+      {kUniform, 6, 64, 3, 2, 2240, Gains::each},
       {kUniform, 300, 16, 10, 3, 9, Gains::each, Dtype::float32, 0, 0, 0, 0, 0, true, true},
   };
   std::mt19937_64 random(1);

@@ -1,5 +1,5 @@
-// Runs the sparse projection's own CUDA code on a host and holds it to the definition. Prints the number of cases
-// and of ways to run one.
+// Runs the sparse projection's own CUDA code on a host and holds it to the definition. Prints the number of
+// cases and of ways to run one.
 #include <set>
 
 #include "sparse_cases.h"
@@ -17,7 +17,8 @@ void execute(const Sparse& call, std::set<std::string>& ways) {
     if (bytes < 0) fail("no kernel has room");
     Buffer<uint32_t> scratch(bytes / 4 + 4, 0xFFFFFFFFu);
     std::memset(call.y.data, 0xFF, y_bytes);
-    run_sparse(call, limit, reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~uintptr_t{15}));
+    run_sparse(call, limit,
+               reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~uintptr_t{15}));
     const auto* at = static_cast<unsigned char*>(call.y.data);
     if (first.empty()) first.assign(at, at + y_bytes);
     if (std::memcmp(first.data(), at, y_bytes) != 0) fail("another limit of shared memory gave other bits");

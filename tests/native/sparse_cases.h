@@ -1,7 +1,8 @@
 // The cases of the sparse projection and their reference, for a host (sparse_block.cpp) and for a GPU
 // (sparse_device.cpp): both run all of them and compare outputs bit for bit.
 //
-// The order of a sum is part of what is promised, so that inputs are any floats, infinities and NaN among them.
+// The order of a sum is part of what is promised, so that inputs are any floats, infinities and NaN among
+// them.
 #pragma once
 
 #include <algorithm>
@@ -38,8 +39,13 @@ struct Held {
   Buffer<uint32_t> storage;
   unsigned char* data;
 
-  Held(int64_t rows_, int64_t cols_, Dtype dtype_, int64_t col_stride_ = 1, int64_t padding = 0, int shift = 0)
-      : rows(rows_), cols(cols_), dtype(dtype_), row_stride(cols_ * col_stride_ + padding), col_stride(col_stride_),
+  Held(int64_t rows_, int64_t cols_, Dtype dtype_, int64_t col_stride_ = 1, int64_t padding = 0,
+       int shift = 0)
+      : rows(rows_),
+        cols(cols_),
+        dtype(dtype_),
+        row_stride(cols_ * col_stride_ + padding),
+        col_stride(col_stride_),
         storage(rows * row_stride + 8, 0xFFFFFFFFu) {
     const auto at = (reinterpret_cast<uintptr_t>(storage.data()) + 15) & ~uintptr_t{15};
     data = reinterpret_cast<unsigned char*>(at) + shift * size();
@@ -85,7 +91,8 @@ void check_sparse(const SparseCase& c, bool transposed, std::mt19937_64& random,
   call.transposed = transposed;
   call.factor = 0.3f;
   call.batch = c.batch;
-  Held x(c.batch, call.inputs(), c.dtype, c.col_stride, c.padding, c.shift), y(c.batch, call.outputs(), c.dtype);
+  Held x(c.batch, call.inputs(), c.dtype, c.col_stride, c.padding, c.shift),
+      y(c.batch, call.outputs(), c.dtype);
   std::normal_distribution<float> normal;
   for (int64_t m = 0; m < c.batch; ++m)
     for (int64_t k = 0; k < call.inputs(); ++k) x.set(m, k, normal(random));
@@ -109,7 +116,8 @@ void check_sparse(const SparseCase& c, bool transposed, std::mt19937_64& random,
     }
   for (int64_t m = 0; m < c.batch; ++m)
     for (int64_t n = 0; n < call.outputs(); ++n) {
-      const float expected = rounded(want[m * call.outputs() + n] * call.factor, c.dtype), found = y.get(m, n);
+      const float expected = rounded(want[m * call.outputs() + n] * call.factor, c.dtype),
+                  found = y.get(m, n);
       if (!same(found, expected))
         fail("rows " + std::to_string(c.rows) + " fan_in " + std::to_string(c.fan_in) + " M " +
              std::to_string(c.batch) + (transposed ? " transposed" : "") + ": y[" + std::to_string(m) + ", " +
@@ -122,23 +130,26 @@ template <class Execute>
 int64_t check_sparse_cases(const Execute& execute) {
   constexpr int64_t kFar = (int64_t{1} << 32) - 400;
   const SparseCase cases[] = {
-      {0, 0, 300, 130, 130, 7, 37},                                    // ragged everywhere
-      {0, 0, 520, 96, 96, 7, 32},                                      // whole fours
-      {3, 7, 300, 90, 130, 5, 16},                                     // a view: draws beside it
-      {0, 0, 33, 40, 40, 1, 1},                                        // one draw, one row
-      {2, 0, 70, 1, 30, 2, 5},                                         // one column of many
-      {0, 0, 1, 9, 9, 9, 3},                                           // every column is drawn
-      {5, 0, 90, 100, 100, 33, 9},                                     // draws compared in memory
-      {0, 3, 64, 20, 50, 50, 40},                                      // all of them, of a view
-      {kFar, kFar + 100, 300, 300, int64_t{1} << 32, 8, 4},            // the stream's far end
-      {0, 0, 300, 64, 64, 7, 150, Dtype::bfloat16},                    // more rows than a slab
-      {1, 0, 270, 61, 61, 4, 18, Dtype::float16},                      //
-      {0, 0, 130, 64, 64, 3, 20, Dtype::bfloat16, 1, 8},               // x with padding
-      {0, 0, 130, 64, 64, 3, 20, Dtype::float32, 2, 3},                // every second column of x
-      {0, 0, 130, 64, 64, 3, 20, Dtype::float16, 1, 0, 1},             // not aligned
-      {0, 0, 4200, 12, 12, 2, 2},                                      // more rows than a list
-      {0, 0, 200, 2500, 2500, 6, 33},                                  // tiles of 16 rows only
-      {0, 0, 90, 2400, 2400, 300, 10},                                 // draws that no block has room for
+      {0, 0, 300, 130, 130, 7, 37},                          // ragged everywhere
+      {0, 0, 520, 96, 96, 7, 32},                            // whole fours
+      {3, 7, 300, 90, 130, 5, 16},                           // a view: draws beside it
+      {0, 0, 33, 40, 40, 1, 1},                              // one draw, one row
+      {2, 0, 70, 1, 30, 2, 5},                               // one column of many
+      {0, 0, 1, 9, 9, 9, 3},                                 // every column is drawn
+      {5, 0, 90, 100, 100, 33, 9},                           // draws compared in memory
+      {0, 3, 64, 20, 50, 50, 40},                            // all of them, of a view
+      {kFar, kFar + 100, 300, 300, int64_t{1} << 32, 8, 4},  // the stream's far end
+      {0, 0, 300, 64, 64, 7, 150, Dtype::bfloat16},          // more rows than a slab
+      {1, 0, 270, 61, 61, 4, 18, Dtype::float16},            //
+      {0, 0, 130, 64, 64, 3, 20, Dtype::bfloat16, 1, 8},     // x with padding
+      {0, 0, 130, 64, 64, 3, 20, Dtype::float32, 2, 3},      // every second column of x
+      {0, 0, 130, 64, 64, 3, 20, Dtype::float16, 1, 0, 1},   // not aligned
+      {0, 0, 130, 61, 61, 3, 20, Dtype::float32, 1, 3},  // fours, and what is left of a row
+      {0, 0, 130, 61, 61, 3, 9, Dtype::bfloat16, 1, 3},
+      {0, 0, 600, 12, 12, 3, 4300, Dtype::float16},  // blocks that take groups in order
+      {0, 0, 4200, 12, 12, 2, 2},                            // more rows than a list
+      {0, 0, 200, 2500, 2500, 6, 33},                        // tiles of 16 rows only
+      {0, 0, 90, 2400, 2400, 300, 10},                       // draws that no block has room for
   };
   std::mt19937_64 random(1);
   int64_t count = 0;

@@ -17,13 +17,13 @@ struct RunForward {
     if (plan.scratch_bytes) {
       plan.forward.columns = plan.drawing.columns = static_cast<uint32_t*>(scratch);
       for (uint32_t x = 0; x * int64_t{kDrawThreads} < plan.drawing.stride; ++x)
-        run_threads(kDrawThreads, 0, x, 0, 0, [&](HostThread& t, unsigned char*) { draw_block<T>(plan.drawing, t); });
+        run_threads(kDrawThreads, 0, x, 0, 0,
+                    [&](HostThread& t, unsigned char*) { draw_block<T>(plan.drawing, t); });
     }
     for (uint32_t y = 0; y < plan.blocks_y; ++y)
       for (uint32_t x = 0; x < plan.blocks_x; ++x)
-        run_threads(kTileThreads, plan.shared_bytes, x, y, 0, [&](HostThread& t, unsigned char* shared) {
-          forward_block<T>(plan.forward, t, shared);
-        });
+        run_threads(kTileThreads, plan.shared_bytes, x, y, 0,
+                    [&](HostThread& t, unsigned char* shared) { forward_block<T>(plan.forward, t, shared); });
     return 0;
   }
 };
