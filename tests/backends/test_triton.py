@@ -60,7 +60,7 @@ def test_a_batch_in_parts(monkeypatch, kind):
     bank, out = integers((contexts, 33), 2, g), integers((contexts, 9), 2, g)
     monkeypatch.setattr(launch, "SCRATCH", 4 * 9 * 128)
     launch._plan.cache_clear()
-    assert len(launch.parts(300, 9)) == 3
+    assert len(launch.parts(300, 36)) == 3
     device = [v if v is None else v.to(DEVICE) for v in (x, other, context, bank, out)]
     product, grad = gain_grad(device[0], device[1], matrix, contexts, *device[2:])
     launch._plan.cache_clear()
@@ -108,8 +108,8 @@ def test_a_plan_does_not_depend_on_values():
 def test_tiles_hold_whole_patches(tag, transposed):
     """What the index arithmetic of the kernel asks of a tile, for every batch."""
     for batch in (1, 16, 17, 33, 64, 65, 10**6):
-        for banks in (False, True):
-            tile = configs.tile_of(tag, transposed, batch, banks)
+        for parts in (1, 2, 3):
+            tile = configs.tile_of(tag, transposed, batch, parts)
             held = tile.fields if transposed else 4
             assert tile.outputs % (8 * tile.warps * held) == 0
             assert tile.fields <= (8 if tag < 0x103 else 4)
