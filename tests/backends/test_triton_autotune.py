@@ -87,13 +87,20 @@ def test_candidates_give_the_same_bits(served_by, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
 def test_candidates_of_larger_batches_give_the_same_bits(served_by, tag, transposed):
-    """Every other one: the interpreter takes some ten seconds for each. On a GPU, all of them (below)."""
-    check_candidates(served_by, tag, transposed, 33, 140, 290, torch.float32, stride=2)
+    """Every third: the interpreter takes seconds for each. On a GPU, all of them (below)."""
+    check_candidates(served_by, tag, transposed, 33, 140, 290, torch.float32, stride=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+def test_candidates_of_large_batches_give_the_same_bits(served_by, transposed):
+    """Tiles of 64 and of 128 rows."""
+    check_candidates(served_by, 0x102, transposed, 130, 140, 200, torch.float32, stride=3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
-@pytest.mark.parametrize("rows", [5, 20, 70])
+@pytest.mark.parametrize("rows", [5, 20, 70, 200])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
 def test_all_candidates_give_the_same_bits_compiled(served_by, tag, transposed, rows):

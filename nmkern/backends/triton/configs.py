@@ -22,12 +22,12 @@ class Tile:
     stages: int = 3
 
 
-# Reduction indices of a step: four words of each row, or (transposed) eight patches. More, and the weights
-# of a step no longer stay in registers.
+# Reduction indices of a step: four words of each row (normal: eight), or (transposed) eight patches. More,
+# and the weights of a step no longer stay in registers.
 REDUCTION = {
     0x101: {False: 128, True: 32},
     0x102: {False: 32, True: 32},
-    0x103: {False: 16, True: 32},
+    0x103: {False: 32, True: 32},
 }
 
 # By the size of the batch, up to and with. The accumulators take outputs * batch / (32 * warps) registers of
@@ -55,8 +55,10 @@ def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
     tile = next((t for t in (_SMALL, _MIDDLE) if batch <= t.batch), _LARGE)
     if transposed and tag != normal:  # all fields of a word, or 8 of 32, so that each is hashed once
         tile = replace(tile, fields=8)
-    if tile.batch == _LARGE.batch and (words or (tag == normal and transposed and parts > 1)):
-        tile = replace(tile, warps=8)  # with 4, the latter spilled 8 bytes on sm_80
+    if tile.batch == _LARGE.batch and words:
+        tile = replace(tile, warps=8)
+    if tile.batch == _LARGE.batch and tag == normal and transposed and parts > 1:
+        tile = replace(tile, outputs=128)  # with 256, it spilled 8 bytes on sm_80
     return tile
 
 
@@ -72,7 +74,7 @@ def blocks(outputs: int, batch: int) -> int:
 
 
 # Outputs and warps of tiles to choose from, and the most accumulators a thread.
-_SHAPES = ((128, 4), (256, 4), (256, 8), (512, 8))
+_SHAPES = ((128, 4), (256, 4), (256, 8))
 _MOST_SUMS = 128
 
 

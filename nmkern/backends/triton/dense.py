@@ -1,6 +1,7 @@
-"""The dense kernels: x times generated weights, and the stage that finishes split sums.
+"""The dense kernels: x made ready, x times generated weights, and the stage that finishes split sums.
 
-    partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]
+    prepared[step, part, m, i] = part of (x[m, k] * in_gain[c, k]), for the k that place i of the step holds
+    partial[s, m, n] = sum over the k of split s: prepared value * code[n, k]
     y[m, n] = (factor * sum over s: partial[s, m, n]) * out_gain[c, n] + bias[c, n]
 
 A program computes a tile of y's transpose, W tile [BO, BR] times x tile [BR, BM], so that weights are the
@@ -9,13 +10,15 @@ What makes Triton do so is where indices go:
 
 - Rows of the tile that one thread holds (bit 3, and the bits above the warps') are rows of one patch, or
   fields of one word (transposed); neighbouring reduction indices are the two halves of a word. So a
-  thread uses every bit of what it hashes. x is read, and y written, in the same permuted order.
+  thread uses every bit of what it hashes. x is prepared in that order, in memory that a step reads 16 bytes
+  at a time, ahead of its use; a few rows that need no preparation are gathered instead. The tile of y is put
+  back in order in registers, where a thread holds neighbours.
 - The tile starts from the result of a small tensor-core product (``_anchor``), whose layout the whole
   hash then takes: without, Triton hashes in another layout and moves every weight through shared memory
   (15 instead of 3.6 instructions a weight on sm_90).
 
-The invariant: what is summed in which order depends on shapes and on the split, not on BM, BO or warps;
-and no float is added atomically.
+The invariant: what is summed in which order depends on shapes and on the split, not on BM, BO, PIECES or
+warps, nor on whether x was prepared; and no float is added atomically.
 """
 
 import triton

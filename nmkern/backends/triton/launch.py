@@ -59,11 +59,8 @@ class Plan:
     steps: int
     table: torch.dtype
     constants: dict[str, Any]  # and the launch's options
-
-    @property
-    def prepared_bytes(self) -> int:
-        """Of a row of x."""
-        return self.steps * self.constants["BR"] * self.parts * self.table.itemsize
+    prepare: dict[str, Any]  # the same of prepare_kernel
+    prepared_bytes: int  # of a row of x
 
 
 def signed32(value: int) -> int:
@@ -107,27 +104,32 @@ def _plan(
     splits = triton.cdiv(steps, chunk)
     key = stream.key_of(seed % 2**64)
     places = (signed32(o_place[0]), o_place[1], signed32(r_place[0]), r_place[1])
-    constants = {
+    both = {
         "TAG": tag,
         "TRANSPOSED": transposed,
         "PARTS": parts,
         "DTYPE": DTYPES[operand],
+        "BR": step,
+        "enable_fp_fusion": False,
+    }
+    constants = {
+        **both,
         "FIELDS": tile.fields,
         "BO": tile.outputs,
-        "BR": step,
         "BM": tile.batch,
         "WARPS": tile.warps,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
-        "enable_fp_fusion": False,
     }
+    prepare = {**both, "BM": max(1, PREPARED // step), "num_warps": 4}
     halves = (signed32(half) for half in key)
     numbers = (outputs, reduction, *halves, *places, chunk, steps, m_blocks, o_blocks)
     request = (matrix, batch, dtype, gained, banks, tf32)
     grid = (m_blocks * o_blocks * splits,)
     partial = splits > 1 or (banks and batch > configs.BANK_ROWS)
     return Plan(
-        *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand, constants)
+        *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand),
+        *(constants, prepare, steps * step * parts * operand.itemsize),
     )
 
 
@@ -204,9 +206,8 @@ def pieces(device: torch.device, batch: int) -> int:
 
 def _prepare(x, in_gain, context, plan: Plan) -> Tensor:
     """x times in_gain in the order and the dtype that the plan's product reads, ``[steps, parts, M, BR]``."""
-    rows, step = x.shape[0], plan.constants["BR"]
-    prepared = x.new_empty(plan.steps, plan.parts, rows, step, dtype=plan.table)
-    block = max(1, PREPARED // step)
+    rows, block = x.shape[0], plan.prepare["BM"]
+    prepared = x.new_empty(plan.steps, plan.parts, rows, plan.prepare["BR"], dtype=plan.table)
     dense.prepare_kernel[(plan.steps * triton.cdiv(rows, block),)](
         x,
         in_gain,
@@ -220,10 +221,7 @@ def _prepare(x, in_gain, context, plan: Plan) -> Tensor:
         *x.stride(),
         *strides_of(in_gain),
         IN_BANK=contexts_of(in_gain) > 1,
-        **{name: plan.constants[name] for name in ("TAG", "TRANSPOSED", "PARTS", "DTYPE", "BR")},
-        BM=block,
-        num_warps=4,
-        enable_fp_fusion=False,
+        **plan.prepare,
     )
     return prepared
 
