@@ -292,6 +292,9 @@ def product_kernel(
     if PARTS > 0:
         x += i[:, None] + (m * BR)[None, :]
         part = tl.cast(M, tl.int64) * BR
+        if PARTS == 1:
+            # Pointers advance, for 5.75 instead of 6.25 instructions a weight; with three parts, that spilled.
+            x += split.to(tl.int64) * chunk * part
     else:
         x += (m * stride_xm)[None, :]
         offset = PER_UNIT * unit + inner - r_skip
@@ -309,7 +312,11 @@ def product_kernel(
             w = word_of_row(w0, w1, w2, w3, held[:, None])
             w = decode(w, inner.to(tl.uint32)[None, :], table, TAG, DTYPE)
         if PARTS > 0:
-            place = x + tl.cast(tile, tl.int64) * (PARTS * part)
+            if PARTS == 1:
+                place = x
+                x += part
+            else:
+                place = x + tl.cast(tile, tl.int64) * (PARTS * part)
             for _ in tl.static_range(PARTS):
                 value = tl.load(place, mask=(m < M)[None, :], other=0.0)
                 acc = tl.dot(w, value, acc, input_precision="tf32")
