@@ -32,7 +32,7 @@ def _anchor(BO: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr):
     """Zeros (uint32) in the layout of a tensor-core result, though Triton's optimiser cannot know them."""
     a, b = tl.full([BO, 16], 1.0, DTYPE), tl.full([16, BR], 1.0, DTYPE)
     # One after the other: only of chained products does every warp own whole rows on Ampere, as in the loop.
-    one = tl.dot(a, b, tl.dot(a, b, input_precision="tf32"), input_precision="tf32")
+    one = tl.dot(a, b, tl.dot(a, b))
     # LLVM folds this away, with all that depends on the value;
     # Triton's own passes, which choose layouts, do not.
     return (one.to(tl.uint32, bitcast=True) & 1) >> 1
@@ -131,7 +131,7 @@ def _to_part(value, DTYPE: tl.constexpr):
 def dot(w, value, acc, PARTS: tl.constexpr, DTYPE: tl.constexpr):
     """acc + w @ value, in one, two or three parts of DTYPE, the smallest first."""
     if PARTS == 1:
-        acc = tl.dot(w, value, acc, input_precision="tf32")
+        acc = tl.dot(w, value, acc)
     else:
         high, middle, low = _parts(value)
         if PARTS == 3:
@@ -293,7 +293,7 @@ def product_kernel(
         x += i[:, None] + (m * BR)[None, :]
         part = tl.cast(M, tl.int64) * BR
         if PARTS == 1:
-            # Pointers advance, for 5.75 instead of 6.25 instructions a weight; with three parts, that spilled.
+            # Pointers advance: 5.75 instead of 6.25 instructions a weight. With three parts that spilled.
             x += split.to(tl.int64) * chunk * part
     else:
         x += (m * stride_xm)[None, :]
@@ -319,10 +319,10 @@ def product_kernel(
                 place = x + tl.cast(tile, tl.int64) * (PARTS * part)
             for _ in tl.static_range(PARTS):
                 value = tl.load(place, mask=(m < M)[None, :], other=0.0)
-                acc = tl.dot(w, value, acc, input_precision="tf32")
+                acc = tl.dot(w, value, acc)
                 if PIECES == 2:
                     value = tl.load(place + BP * BR, mask=(m + BP < M)[None, :], other=0.0)
-                    acc1 = tl.dot(w, value, acc1, input_precision="tf32")
+                    acc1 = tl.dot(w, value, acc1)
                 place += part
         else:
             k = tl.cast(tile, tl.int64) * BR + offset
@@ -330,7 +330,7 @@ def product_kernel(
             value = tl.load(x + (k * stride_xr)[:, None], mask=valid, other=0.0)
             if value.dtype != DTYPE:  # in the interpreter
                 value = widen(value)
-            acc = tl.dot(w, value, acc, input_precision="tf32")
+            acc = tl.dot(w, value, acc)
 
     for piece in tl.static_range(PIECES):
         # In the order of y, so that a warp writes neighbours.
