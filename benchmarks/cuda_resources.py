@@ -1,8 +1,8 @@
 """``python -m benchmarks resources --cuda [--out FILE]``: what the CUDA kernels compile to, without a GPU.
 
-Compiles csrc/cuda with nvcc for each architecture, disassembles it with the tools of Triton's wheel, and
-records registers, spilled bytes, shared memory and machine instructions per weight and thread of the main
-loop. The committed table is what tests/native/test_cuda_resources.py holds kernels to.
+Disassembles nmkern/_cuda.so, as setup.py has built it, with the tools of Triton's wheel, and records
+registers, spilled bytes, shared memory and machine instructions per weight and thread of the main loop. The
+committed table is what tests/native/test_cuda_resources.py holds kernels to.
 """
 
 import functools
@@ -10,71 +10,85 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.resources import loops, run_tool, write_table
+from benchmarks.machine_code import loops, run_tool, write_table
+from nmkern.backends import cuda
 
 ARCHS = ("80", "89", "90a")
 CSRC = Path(__file__).parents[1] / "csrc"
-# -fmad=false: each step of an epilogue rounds on its own.
-FLAGS = ("-std=c++20", "-O3", "-fmad=false", "--resource-usage", "-cubin")
 _FAMILIES = {"257": "rademacher", "258": "uniform", "259": "normal"}
 _PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELi(\d+)E")
 _WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32\.BF16 R(?P<d>\d+), R(?P<a>\d+), gdesc")
-_SOURCES = ("skinny", "wide", "finish")
 # A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
 _WEIGHTS = 8
 
 
+class Kernel(NamedTuple):
+    """A kernel: mangled name, registers a thread, bytes of stack (spills: nothing else lives there), code."""
+
+    name: str
+    registers: int
+    stack: int
+    code: str
+
+
 def compiler() -> str:
-    """nvcc's version."""
-    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"V(\d+\.\d+\.\d+)", printed)[0]
+    """The version of the nvcc that built the library."""
+    return re.findall(r"nvcc (\S+)", cuda.build_record()["detail"])[0]
+
+
+@functools.cache
+def kernels(arch: str) -> tuple[Kernel, ...]:
+    """The library's kernels for an architecture. RuntimeError where it was not built from these sources."""
+    library = cuda.LIBRARY_PATH
+    sources = [*CSRC.glob("*.h"), *(CSRC / "cuda").iterdir()]
+    if not library.exists() or library.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        raise RuntimeError(
+            f"{library}: expected it built from the sources as they are: python setup.py build_ext --inplace"
+        )
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        run_tool("cuobjdump", "-xelf", "all", str(library), cwd=folder)
+        for cubin in sorted(Path(folder).glob(f"*.sm_{arch}.cubin")):
+            usage = run_tool("cuobjdump", "-res-usage", str(cubin))
+            used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+            counts = {name: (int(registers), int(stack)) for name, registers, stack in used}
+            bodies = re.split(r"\.section\s+\.text\.(\S+?),", run_tool("nvdisasm", "-c", str(cubin)))[1:]
+            for name, body in zip(bodies[::2], bodies[1::2], strict=True):
+                found.append(Kernel(name, *counts[name], body))
+    return tuple(found)
 
 
 def measure(arch: str) -> dict[str, dict[str, float]]:
-    """The rows of every kernel of an architecture."""
+    """The rows of every kernel of dense products of an architecture."""
     rows: dict[str, dict[str, float]] = {}
-    for source in _SOURCES:
-        # The large-batch kernels are for Hopper alone.
-        if source != "wide" or arch == "90a":
-            rows |= _measure(source, arch)
-    return dict(sorted(rows.items()))
-
-
-def _measure(source: str, arch: str) -> dict[str, dict[str, float]]:
-    rows = {}
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        target = f"arch=compute_{arch},code=sm_{arch}"
-        command = ["nvcc", *FLAGS, "-gencode", target, "-o", cubin, CSRC / f"cuda/{source}.cu"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        usage = run_tool("cuobjdump", "-res-usage", str(cubin))
-        code = run_tool("nvdisasm", "-c", str(cubin))
-    spills = _spilled(log)
-    # ptxas says so where it cannot let wgmma run beside other instructions.
-    serialized = log.count("serialized")
-    registers = {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
-    bodies = re.split(r"\.section\s+\.text\.(\S+?),", code)[1:]
-    for name, body in zip(bodies[::2], bodies[1::2], strict=True):
-        row: dict[str, float] = {"registers": registers[name], "spilled_bytes": spills[name]}
-        label = f"sm_{arch} finish" + ", gradient" * ("finish_gradient" in name)
-        if match := re.search(r"pack_kernelILi(\d)E", name):
-            label = f"sm_{arch} pack, {match[1]} part" + "s" * (match[1] != "1")
+    for name, registers, stack, body in kernels(arch):
+        row: dict[str, float] = {"registers": registers, "spilled_bytes": stack}
+        if arch != "90a" and "_wide_cu_" in name:
+            continue  # Hopper's alone: elsewhere there is nothing in it
         if match := _PRODUCT.search(name):
             kernel, family, transposed, tiles, parts = match.groups()
             way = "transposed" if transposed == "1" else "forward"
-            label = f"sm_{arch} {_FAMILIES[family]} {way} {8 * int(tiles)} rows, {parts} part"
-            label += "s" * (parts != "1")
+            label = f"{_FAMILIES[family]} {way} {8 * int(tiles)} rows, {parts} part" + "s" * (parts != "1")
             row["shared_bytes"] = _shared()[match.groups()]
             if kernel == "wide":
                 label += ", wgmma"
                 loop = _main_loop(body)
-                row |= {"wgmma_from_registers": _from_registers(body), "serialized": serialized}
+                row["wgmma_from_registers"] = _from_registers(loop)
+                # ptxas waits for all where it cannot let wgmma run beside other instructions.
+                row["waits_for_all"] = sum("gsb0, 0x0" in one for one in loop if "DEPBAR" in one)
                 row["hazards"] = len(hazards(loop))
             multiplies = int(parts) * (int(tiles) if kernel == "skinny" else 1)
             row["instructions_per_weight"] = round(_per_weight(body, multiplies), 3)
-        rows[label] = row
-    return rows
+        elif match := re.search(r"(\d)(finish_kernel|finish_gradient_kernel)", name):
+            label = "finish" + ", gradient" * ("gradient" in match[2])
+        elif match := re.search(r"pack_kernelILi(\d)E", name):
+            label = f"pack, {match[1]} part" + "s" * (match[1] != "1")
+        else:
+            continue  # cuda_sparse_resources'
+        rows[f"sm_{arch} {label}"] = row
+    return dict(sorted(rows.items()))
 
 
 def _main_loop(body: str) -> list[str]:
@@ -82,9 +96,9 @@ def _main_loop(body: str) -> list[str]:
     return min((loop for loop in loops(body) if any("HGMMA" in i or "HMMA" in i for i in loop)), key=len)
 
 
-def _from_registers(body: str) -> int:
-    """How many wgmma of the main loop take A from registers; 0 where any does not."""
-    found = [one for one in _main_loop(body) if "HGMMA" in one]
+def _from_registers(loop: list[str]) -> int:
+    """How many wgmma of a loop take A from registers; 0 where any does not."""
+    found = [one for one in loop if "HGMMA" in one]
     return len(found) if all(_WGMMA.match(one) for one in found) else 0
 
 
@@ -150,15 +164,6 @@ def _shared() -> dict[tuple[str, ...], int]:
         subprocess.run(command, input=source, text=True, check=True)
         sizes = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
     return dict(zip(kernels, map(int, sizes), strict=True))
-
-
-def _spilled(log: str) -> dict[str, int]:
-    """Bytes of stack and of spills of each kernel, from what ptxas prints."""
-    found = {}
-    pattern = r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)"
-    for name, *counts in re.findall(pattern, log):
-        found[name] = sum(map(int, counts))
-    return found
 
 
 def _per_weight(body: str, multiplies: int) -> float:

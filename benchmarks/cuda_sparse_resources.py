@@ -10,23 +10,20 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from benchmarks.cuda_resources import ARCHS, CSRC, FLAGS, _spilled, compiler
-from benchmarks.resources import loops, run_tool, write_table
+from benchmarks.cuda_resources import ARCHS, CSRC, compiler, kernels
+from benchmarks.machine_code import loops, write_table
 
+# By parts of the mangled names, which have the length of each name before it.
 _NAMES = {
-    "sparse": {
-        r"forward_kernelINS0_4TileILi(\d+)": "forward, tile of {} rows",
-        r"draw_kernelINS0_4TileILi(\d+)": "draws for tiles of {} rows",
-        "prepare_kernel": "transposed, index",
-        "column_kernel": "transposed, sums",
-    },
-    "flynet": {
-        "finish_gain_grad_kernel": "flynet gain_grad, finish",
-        "finish_logits_kernel": "flynet logits, finish",
-        "gain_grad_kernel": "flynet gain_grad",
-        "logits_kernel": "flynet logits",
-        "draw_kernel": "flynet draws",
-    },
+    r"\d{2}forward_kernelINS0_4TileILi(\d+)": "forward, tile of {} rows",
+    r"\d{2}draw_kernelINS0_4TileILi(\d+)": "draws for tiles of {} rows",
+    r"\d{2}prepare_kernel": "transposed, index",
+    r"\d{2}column_kernel": "transposed, sums",
+    r"\d{2}finish_gain_grad_kernel": "flynet gain_grad, finish",
+    r"\d{2}finish_logits_kernel": "flynet logits, finish",
+    r"\d{2}gain_grad_kernel": "flynet gain_grad",
+    r"\d{2}logits_kernel": "flynet logits",
+    r"\d{2}draw_kernelE": "flynet draws",
 }
 _PLANS = """
 #include <cstdio>
@@ -47,31 +44,22 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
     """The rows of every kernel of an architecture."""
     shared = _shared()
     rows = {}
-    for source, names in _NAMES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder, "kernels.cubin")
-            target = f"arch=compute_{arch},code=sm_{arch}"
-            command = ["nvcc", *FLAGS, "-gencode", target, "-o", cubin, CSRC / f"cuda/{source}.cu"]
-            spills = _spilled(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
-            usage = run_tool("cuobjdump", "-res-usage", str(cubin))
-            code = run_tool("nvdisasm", "-c", str(cubin))
-        registers = {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
-        bodies = re.split(r"\.section\s+\.text\.(\S+?),", code)[1:]
-        for name, body in zip(bodies[::2], bodies[1::2], strict=True):
-            label = _label(name, names)
-            row: dict[str, float] = {"registers": registers[name], "spilled_bytes": spills[name]}
-            if label in shared:
-                row["shared_bytes"] = shared[label]
-                row |= _per_element(body)
-            rows[f"sm_{arch} {label}"] = row
+    for name, registers, stack, body in kernels(arch):
+        if (label := _label(name)) is None:
+            continue  # cuda_resources'
+        row: dict[str, float] = {"registers": registers, "spilled_bytes": stack}
+        if label in shared:
+            row["shared_bytes"] = shared[label]
+            row |= _per_element(body)
+        rows[f"sm_{arch} {label}"] = row
     return dict(sorted(rows.items()))
 
 
-def _label(name: str, names: dict[str, str]) -> str:
-    for pattern, label in names.items():
+def _label(name: str) -> str | None:
+    for pattern, label in _NAMES.items():
         if match := re.search(pattern, name):
             return label.format(*match.groups())
-    raise ValueError(f"{name}: expected one of {', '.join(names)}")
+    return None
 
 
 def _shared() -> dict[str, int]:

@@ -7,9 +7,7 @@ memory, where weights have no business. The committed table is what tests/backen
 holds kernels to.
 """
 
-import json
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.machine_code import loops, run_tool, write_table
 from nmkern import stream
 from nmkern.backends.triton import configs, dense, flynet, launch, sparse
 
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _POINTERS = {
     *("x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "sums", "products"),
     *("columns", "counts", "starts", "order", "total", "mean", "gain", "d_logits", "out"),
@@ -88,27 +86,6 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
         row["copies_of_16_bytes"] = sum(re.match(r"LDGSTS.*\.128", name) is not None for name in operations)
         row["stores_to_shared"] = sum(name.startswith("STS") for name in operations)
     return row
-
-
-def run_tool(tool: str, *arguments: str) -> str:
-    """What one of the CUDA tools in Triton's wheel prints."""
-    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def loops(code: str) -> list[list[str]]:
-    """The loops of a disassembled kernel: the instructions from a label to each branch back to it."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    found = []
-    for line in code.splitlines():
-        if match := re.match(r"^\s*(\.L_\w+):", line):
-            labels[match[1]] = len(instructions)
-        elif match := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
-            instructions.append(match[1])
-            back = re.search(r"BRA.*`\((\.L_\w+)\)", match[1])
-            if back and back[1] in labels:
-                found.append(instructions[labels[back[1]] :])
-    return found
 
 
 def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int, stages: int = 2):
@@ -271,11 +248,3 @@ def run(out: Path) -> None:
     write_table(
         out, {"triton": triton.__version__}, {name: measure(variant) for name, variant in variants().items()}
     )
-
-
-def write_table(out: Path, compiler: dict[str, str], rows: dict[str, Any]) -> None:
-    """A line for the compiler's version, then one a kernel."""
-    lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in {**compiler, **rows}.items()]
-    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    for name, row in rows.items():
-        print(f"{name:45} {row}")

@@ -4,32 +4,29 @@ The table is written by ``python -m benchmarks resources --cuda``; figures belon
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")  # its wheel has the disassembler
 
+from benchmarks import cuda_sparse_resources
+from nmkern.backends import cuda
+
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "benchmarks/results/cuda_sparse_resources.json").read_text())
-SCRIPT = """
-import json, sys
-sys.path.insert(0, {root!r})
-from benchmarks import cuda_sparse_resources as resources
-print("RESULT" + json.dumps([resources.compiler(), resources.measure({arch!r})]))
-"""
+needs_library = pytest.mark.skipif(
+    not cuda.LIBRARY_PATH.exists(), reason="nmkern/_cuda.so was not built: there is no nvcc"
+)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("arch", ["80", "89", "90a"])
-def test_kernels_compile_within_the_committed_resources(run_python, arch):
-    printed = run_python(SCRIPT.format(root=str(ROOT), arch=arch), TRITON_INTERPRET="0")
-    version, found = json.loads(printed.partition("RESULT")[2])
+@needs_library
+@pytest.mark.parametrize("arch", cuda_sparse_resources.ARCHS)
+def test_kernels_are_within_the_committed_resources(arch):
+    found = cuda_sparse_resources.measure(arch)
     assert len(found) == 13
     assert {name: row["spilled_bytes"] for name, row in found.items() if row["spilled_bytes"]} == {}
-    if version != TABLE["nvcc"]:
+    if (version := cuda_sparse_resources.compiler()) != TABLE["nvcc"]:
         pytest.skip(f"the table holds figures of nvcc {TABLE['nvcc']}, this is {version}")
     assert found.keys() == {name for name in TABLE if name.startswith(f"sm_{arch} ")}
     for name, row in found.items():
