@@ -18,8 +18,10 @@ CSRC = Path(__file__).parents[1] / "csrc"
 # -fmad=false: each step of an epilogue rounds on its own.
 FLAGS = ("-std=c++20", "-O3", "-fmad=false", "--resource-usage", "-cubin")
 _FAMILIES = {"257": "rademacher", "258": "uniform", "259": "normal"}
-_PRODUCT = re.compile(r"skinny_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELi(\d+)E")
-# A lane holds 8 weights of an mma.sync m16n8k16.
+_PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELi(\d+)E")
+_WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32\.BF16 R(?P<d>\d+), R(?P<a>\d+), gdesc")
+_SOURCES = ("skinny", "wide", "finish")
+# A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
 _WEIGHTS = 8
 
 
@@ -31,56 +33,119 @@ def compiler() -> str:
 
 def measure(arch: str) -> dict[str, dict[str, float]]:
     """The rows of every kernel of an architecture."""
+    rows: dict[str, dict[str, float]] = {}
+    for source in _SOURCES:
+        # The large-batch kernels are for Hopper alone.
+        if source != "wide" or arch == "90a":
+            rows |= _measure(source, arch)
+    return dict(sorted(rows.items()))
+
+
+def _measure(source: str, arch: str) -> dict[str, dict[str, float]]:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "skinny.cubin")
+        cubin = Path(folder, "kernels.cubin")
         target = f"arch=compute_{arch},code=sm_{arch}"
-        command = ["nvcc", *FLAGS, "-gencode", target, "-o", cubin, CSRC / "cuda/skinny.cu"]
-        spills = _spilled(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+        command = ["nvcc", *FLAGS, "-gencode", target, "-o", cubin, CSRC / f"cuda/{source}.cu"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         usage = run_tool("cuobjdump", "-res-usage", str(cubin))
         code = run_tool("nvdisasm", "-c", str(cubin))
-    shared = _shared()
+    spills = _spilled(log)
+    # ptxas says so where it cannot let wgmma run beside other instructions.
+    serialized = log.count("serialized")
     registers = {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
     bodies = re.split(r"\.section\s+\.text\.(\S+?),", code)[1:]
     for name, body in zip(bodies[::2], bodies[1::2], strict=True):
         row: dict[str, float] = {"registers": registers[name], "spilled_bytes": spills[name]}
         label = f"sm_{arch} finish" + ", gradient" * ("finish_gradient" in name)
+        if match := re.search(r"pack_kernelILi(\d)E", name):
+            label = f"sm_{arch} pack, {match[1]} part" + "s" * (match[1] != "1")
         if match := _PRODUCT.search(name):
-            family, transposed, tiles, parts = match.groups()
+            kernel, family, transposed, tiles, parts = match.groups()
             way = "transposed" if transposed == "1" else "forward"
             label = f"sm_{arch} {_FAMILIES[family]} {way} {8 * int(tiles)} rows, {parts} part"
             label += "s" * (parts != "1")
-            row["shared_bytes"] = shared[match.groups()]
-            row["instructions_per_weight"] = round(_per_weight(body, int(tiles) * int(parts)), 3)
+            row["shared_bytes"] = _shared()[match.groups()]
+            if kernel == "wide":
+                label += ", wgmma"
+                loop = _main_loop(body)
+                row |= {"wgmma_from_registers": _from_registers(body), "serialized": serialized}
+                row["hazards"] = len(hazards(loop))
+            multiplies = int(parts) * (int(tiles) if kernel == "skinny" else 1)
+            row["instructions_per_weight"] = round(_per_weight(body, multiplies), 3)
         rows[label] = row
-    return dict(sorted(rows.items()))
+    return rows
+
+
+def _main_loop(body: str) -> list[str]:
+    """The shortest loop that multiplies."""
+    return min((loop for loop in loops(body) if any("HGMMA" in i or "HMMA" in i for i in loop)), key=len)
+
+
+def _from_registers(body: str) -> int:
+    """How many wgmma of the main loop take A from registers; 0 where any does not."""
+    found = [one for one in _main_loop(body) if "HGMMA" in one]
+    return len(found) if all(_WGMMA.match(one) for one in found) else 0
+
+
+def hazards(loop: list[str]) -> list[str]:
+    """Instructions of a loop that touch a wgmma's sums, or write its A, while it may still be at work.
+
+    Groups end with the wgmma that counts up gsb0; a wait leaves the newest of them at work.
+    """
+    at_work: list[list[tuple[range, range]]] = [[]]
+    found = []
+    for one in (*loop, *loop):
+        if match := _WGMMA.match(one):
+            tile = int(match["n"]) // 2
+            sums, a = int(match["d"]), int(match["a"])
+            at_work[-1].append((range(sums, sums + tile), range(a, a + 4)))
+            if "gsb0" in one:
+                at_work.append([])
+        elif match := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", one):
+            closed, last = at_work[:-1], at_work[-1]
+            most = int(match[1], 16)
+            at_work = [*closed[len(closed) - most :], last] if most < len(closed) else at_work
+        else:
+            written, touched = _registers(one)
+            for sums, a in (pair for group in at_work for pair in group):
+                if touched & set(sums) or written & set(a):
+                    found.append(one)
+    return found
+
+
+def _registers(instruction: str) -> tuple[set[int], set[int]]:
+    """The registers that an instruction writes, and all that it touches."""
+    name, *operands = re.sub(r"^@\S+ ", "", instruction).replace(",", " ").split()
+    wide = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+    named = [(at, int(r)) for at, one in enumerate(operands) for r in re.findall(r"\bR(\d+)", one)]
+    # Wide are what a load writes or a store reads, and the sum that a wide product is added to.
+    last = len(operands) - 1
+    wide_operands = {last} if name.startswith("ST") else {0, last} if ".WIDE" in name else {0}
+    used = {at: range(r, r + (wide if at in wide_operands else 1)) for at, r in named}
+    written = set() if name.startswith("ST") else set(used.get(0, ()))
+    return written, {r for registers in used.values() for r in registers}
 
 
 @functools.cache
 def _shared() -> dict[tuple[str, ...], int]:
     """Shared memory of each product: asked for at the launch, so that a disassembly does not show it."""
-    kernels = [
-        (family, way, tiles, parts)
+    tiles = {
+        "skinny": ("Config", [*((n, 1) for n in (1, 2, 4, 8)), *((n, 3) for n in (1, 2, 4))]),
+        "wide": ("WideConfig", [(n, parts) for parts in (1, 3) for n in (4, 8, 16)]),
+    }
+    kernels = {
+        (kernel, family, way, str(n), str(parts)): f"{config}<nmkern::Family({family}), {way}, {n}, {parts}>"
+        for kernel, (config, sizes) in tiles.items()
         for family in _FAMILIES
         for way in "01"
-        for tiles, parts in (
-            ("1", "1"),
-            ("2", "1"),
-            ("4", "1"),
-            ("8", "1"),
-            ("1", "3"),
-            ("2", "3"),
-            ("4", "3"),
-        )
-    ]
-    prints = "".join(
-        f'std::printf("%d\\n", Config<nmkern::Family({family}), {way}, {tiles}, {parts}>::kSharedBytes);\n'
-        for family, way, tiles, parts in kernels
-    )
+        for n, parts in sizes
+    }
+    prints = "".join(f'std::printf("%d\\n", {config}::kSharedBytes);\n' for config in kernels.values())
     source = f"#include <cstdio>\nusing namespace nmkern::cuda;\nint main() {{\n{prints}}}\n"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "shared")
-        header = CSRC / "cuda/skinny_kernel.h"
+        header = CSRC / "cuda/wide_kernel.h"
         command = ["c++", "-std=c++20", "-w", "-include", header, "-x", "c++", "-", "-o", program]
         subprocess.run(command, input=source, text=True, check=True)
         sizes = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
@@ -97,12 +162,10 @@ def _spilled(log: str) -> dict[str, int]:
 
 
 def _per_weight(body: str, multiplies: int) -> float:
-    """Instructions of the loop that multiplies over the weights a thread makes there, each used so often."""
-    counts = [
-        (len(loop), sum(instruction.startswith("HMMA") for instruction in loop)) for loop in loops(body)
-    ]
-    length, hmma = min(count for count in counts if count[1])
-    return length / (_WEIGHTS * hmma / multiplies)
+    """Instructions of the main loop over the weights a thread makes there, each used so often."""
+    loop = _main_loop(body)
+    products = sum(one.startswith(("HMMA", "HGMMA")) for one in loop)
+    return len(loop) / (_WEIGHTS * products / multiplies)
 
 
 def run(out: Path) -> None:

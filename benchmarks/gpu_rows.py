@@ -35,6 +35,7 @@ class Extent:
     rest: tuple[int, ...] = (2, 8, 32, 1024, 2048, 8192)
     few: tuple[int, ...] = (1, 16, 64, 4096)
     border: tuple[int, ...] = (8, 16, 32, 64)  # where the small-batch kernel should end
+    large: tuple[int, ...] = (2048,)  # Triton's, where another backend comes first
     huge: int = 2**18
     huge_batches: tuple[int, ...] = (1, 16, 64)
     copied: int = 2**30  # bytes
@@ -43,7 +44,7 @@ class Extent:
 
 
 QUICK = Extent(
-    **{"sizes": (8192,), "first": (1, 16, 64, 4096), "rest": (), "few": (1, 64), "border": (16, 32)},
+    **{"sizes": (8192,), "first": (1, 16, 64, 4096), "rest": (), "few": (1, 64), "border": (16, 32), "large": ()},
     **{"huge_batches": (1,), "seconds": 0.2},
 )
 
@@ -58,21 +59,22 @@ def target(m: int, family: str, dtype: torch.dtype) -> float | None:
 
 
 @contextlib.contextmanager
-def forced(backend: str) -> Iterator[None]:
-    """One backend; of cuda its own kernel, however many rows."""
+def forced(backend: str, kernel: str | None = None) -> Iterator[None]:
+    """One backend, and of cuda one kernel for any number of rows: mma.sync or wgmma."""
     with use_backend(backend):
-        if backend == "cuda":
-            cuda.set_most_rows(2**20)
+        if kernel is not None:
+            cuda.set_small_rows(2**20 if kernel == "mma.sync" else 0)
         try:
             yield
         finally:
-            if backend == "cuda":
-                cuda.set_most_rows(None)
+            if kernel is not None:
+                cuda.set_small_rows(None)
 
 
-def by(backend: str, rows: Iterator[Row]) -> Iterator[Row]:
+def by(backend: str, rows: Iterator[Row], kernel: str | None = None) -> Iterator[Row]:
+    name = f"{backend} ({kernel})" if kernel else backend
     for row in rows:
-        yield Row(f"{row.label} by {backend}", row.expected, forced(backend)(row.measure))
+        yield Row(f"{row.label} by {name}", row.expected, forced(backend, kernel)(row.measure))
 
 
 def rows(report: Report, extent: Extent) -> Iterator[Row]:
@@ -133,8 +135,9 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         )
     yield from dense(small, extent.few, "rademacher")
     if both:
-        for backend in ("triton", "cuda"):
-            yield from by(backend, dense(small, extent.border))
+        yield from by("triton", dense(small, (*extent.border, *extent.large)))
+        for kernel in ("mma.sync", "wgmma") if cuda.kernels().wide else ("mma.sync",):
+            yield from by("cuda", dense(small, extent.border), kernel)
     for grad in (False, True):
         yield Row(
             f"call overhead, gradients {'on' if grad else 'off'}",

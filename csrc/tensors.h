@@ -91,7 +91,7 @@ inline Key key_of(int64_t seed) {
   return {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
 }
 
-// A dense product (cpu/dense.h, cuda/skinny.h) of the matrix arguments of the primitives.
+// A dense product (cpu/dense.h, cuda/dense.h) of the matrix arguments of the primitives.
 template <class Call>
 Call product_of(int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                 int64_t cols, bool transposed, double factor) {

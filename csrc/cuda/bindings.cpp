@@ -1,20 +1,24 @@
 // The CUDA library's face to PyTorch and to Python: the dense primitives of nmkern/backends/primitives.py for
-// CUDA tensors. Batches of more rows than the small-batch kernel is right for go on to Triton's operators.
+// CUDA tensors. Batches that no kernel of this library is right for go on to Triton's operators.
 //
 // Nothing here waits for the device, and all memory is the caching allocator's, so that calls can be
 // captured in a CUDA graph. No symbol of CUDA is needed: the library loads beside any build of PyTorch.
 #include <tuple>
 
+#include "dense.h"
 #include "operators.h"
-#include "skinny.h"
 
 namespace nmkern::cuda {
 namespace {
 
-bool is_small(const Tensor& x) {
-  int64_t most = 0;
-  check(most_rows(x.get_device_index(), &most), "asking for the GPU's compute capability");
-  return x.size(0) <= most;
+enum class Kernel { skinny, wide, none };
+
+// The kernel that is right for a batch, on the device where it is.
+Kernel kernel_for(const Tensor& x) {
+  Kernels kernels{};
+  check(kernels_of(x.get_device_index(), &kernels), "asking for the GPU's compute capability");
+  if (x.size(0) <= kernels.small_rows) return Kernel::skinny;
+  return kernels.wide ? Kernel::wide : Kernel::none;
 }
 
 // A call, whose x, gains and context are those of the primitives, on their device.
@@ -23,11 +27,11 @@ struct Operation {
   torch::stable::Device device;
   torch::stable::accelerator::DeviceGuard guard;
   Banks banks;
-  Skinny call;
+  Dense call;
 
   Operation(const Tensor& input, const std::optional<Tensor>& in_gain,
             const std::optional<Tensor>& out_gain, const std::optional<Tensor>& context,
-            const Skinny& matrix)
+            const Dense& matrix)
       : x(input), device(input.device()), guard(device.index()), call(matrix) {
     call.batch = x.size(0);
     call.x = matrix_of(x, "x", call.batch, call.inputs());
@@ -50,13 +54,12 @@ struct Operation {
   // Overwritten, [rows, outputs] in the dtype of x.
   Tensor result(int64_t rows) { return torch::stable::new_empty(x, {rows, call.outputs()}); }
 
-  void run() const {
-    constexpr int64_t kAlignment = 64;
-    Tensor scratch =
-        torch::stable::new_empty(x, {skinny_scratch(call) + kAlignment}, ScalarType::Byte);
-    const auto at = reinterpret_cast<uintptr_t>(scratch.mutable_data_ptr());
-    auto* aligned = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
-    check(skinny_product(call, aligned, current_stream(device.index())), "launching a kernel");
+  void run(Kernel kernel) const {
+    const bool wide = kernel == Kernel::wide;
+    const Scratch scratch(x, wide ? wide_scratch(call) : skinny_scratch(call));
+    void* stream = current_stream(device.index());
+    check(wide ? wide_product(call, scratch.data, stream) : skinny_product(call, scratch.data, stream),
+          "launching a kernel");
   }
 };
 
@@ -64,7 +67,8 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
                         std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
                         int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                         int64_t cols, bool transposed, double factor) {
-  if (!is_small(x)) {
+  const Kernel kernel = kernel_for(x);
+  if (kernel == Kernel::none) {
     const auto found =
         by_triton("nmkern::triton_modulated_matmul", x, in_gain, out_gain, bias, context, family, seed,
                   row_offset, col_offset, rows, cols, transposed, factor);
@@ -72,12 +76,12 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
   }
   Operation operation(
       x, in_gain, out_gain, context,
-      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
-  Skinny& call = operation.call;
+      product_of<Dense>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Dense& call = operation.call;
   call.bias = operation.bank(bias, "bias", call.outputs(), context.has_value());
   Tensor y = operation.result(call.batch);
   call.y = matrix_of(y, "y", call.batch, call.outputs());
-  operation.run();
+  operation.run(kernel);
   return y;
 }
 
@@ -86,7 +90,8 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
     const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
     int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
     bool transposed, double factor) {
-  if (!is_small(x)) {
+  const Kernel kernel = kernel_for(x);
+  if (kernel == Kernel::none) {
     const auto found = by_triton("nmkern::triton_modulated_matmul_gain_grad", x, in_gain, out_gain, other,
                                  context, contexts, need_product, family, seed, row_offset, col_offset,
                                  rows, cols, transposed, factor);
@@ -94,8 +99,8 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   }
   Operation operation(
       x, in_gain, out_gain, context,
-      product_of<Skinny>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
-  Skinny& call = operation.call;
+      product_of<Dense>(family, seed, row_offset, col_offset, rows, cols, transposed, factor));
+  Dense& call = operation.call;
   operation.is_here(other, "other");
   call.other = matrix_of(other, "other", call.batch, call.outputs());
   STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ",
@@ -104,7 +109,7 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};
   Tensor product = operation.result(need_product ? call.batch : 0);
   if (need_product) call.y = matrix_of(product, "product", call.batch, call.outputs());
-  operation.run();
+  operation.run(kernel);
   return {product, grad};
 }
 
@@ -120,8 +125,11 @@ STABLE_TORCH_LIBRARY_IMPL(nmkern, CUDA, m) {
 
 NMKERN_EXPORT const char* nmkern_cuda_archs() { return nmkern::cuda::built_archs(); }
 // Null, or what is wrong.
-NMKERN_EXPORT const char* nmkern_cuda_most_rows(int device, int64_t* rows) {
-  const int error = nmkern::cuda::most_rows(device, rows);
+NMKERN_EXPORT const char* nmkern_cuda_kernels(int device, int64_t* small_rows, int* wide) {
+  nmkern::cuda::Kernels kernels{};
+  const int error = nmkern::cuda::kernels_of(device, &kernels);
+  *small_rows = kernels.small_rows;
+  *wide = kernels.wide;
   return error ? nmkern::cuda::error_text(error) : nullptr;
 }
-NMKERN_EXPORT void nmkern_cuda_set_most_rows(int64_t rows) { nmkern::cuda::set_most_rows(rows); }
+NMKERN_EXPORT void nmkern_cuda_set_small_rows(int64_t rows) { nmkern::cuda::set_small_rows(rows); }

@@ -9,50 +9,70 @@ namespace nmkern::cuda {
 namespace {
 
 constexpr int kDevices = 64;
-// An answer and 1, for each device that was asked about: asking takes two calls of the runtime.
-std::atomic<int64_t> known[kDevices];
-std::atomic<int64_t> forced{0};
-std::atomic<int64_t> known_shared[kDevices];
+// For each device that was asked about: an answer and 1 (asking takes up to two calls of the runtime).
+std::atomic<int64_t> known_kernels[kDevices], known_multiprocessors[kDevices], known_shared[kDevices];
+std::atomic<int64_t> forced{-1};
+
+// What ask(&answer) tells of a device, kept.
+template <class Ask>
+cudaError_t kept(std::atomic<int64_t> (&known)[kDevices], int device, int64_t* answer, const Ask& ask) {
+  const bool keep = device >= 0 && device < kDevices;
+  if (const int64_t found = keep ? known[device].load(std::memory_order_relaxed) : 0) {
+    *answer = found - 1;
+    return cudaSuccess;
+  }
+  const cudaError_t error = ask(answer);
+  if (error == cudaSuccess && keep) known[device].store(*answer + 1, std::memory_order_relaxed);
+  return error;
+}
+
+cudaError_t attribute(cudaDeviceAttr which, int device, int* value) {
+  return cudaDeviceGetAttribute(value, which, device);
+}
 
 }  // namespace
 
 const char* built_archs() { return NMKERN_CUDA_ARCHS; }
 
-void set_most_rows(int64_t rows) { forced = rows; }
+void set_small_rows(int64_t rows) { forced = rows; }
 
-int most_rows(int device, int64_t* rows) {
-  const bool kept = device >= 0 && device < kDevices;
-  int64_t found = kept ? known[device].load(std::memory_order_relaxed) : 0;
-  if (found == 0) {
+int kernels_of(int device, Kernels* kernels) {
+  int64_t packed = 0;
+  const cudaError_t error = kept(known_kernels, device, &packed, [&](int64_t* answer) {
     int major = 0, minor = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (error != cudaSuccess) return error;
-    found = 1 + (serves(NMKERN_CUDA_ARCHS, major, minor) ? rows_of(major) : 0);
-    if (kept) known[device].store(found, std::memory_order_relaxed);
-  }
+    cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, device, &major);
+    if (error == cudaSuccess) error = attribute(cudaDevAttrComputeCapabilityMinor, device, &minor);
+    const Kernels found = kernels_for(NMKERN_CUDA_ARCHS, major, minor);
+    *answer = found.small_rows * 2 + found.wide;
+    return error;
+  });
+  if (error != cudaSuccess) return error;
+  *kernels = {packed / 2, packed % 2 != 0};
   const int64_t other = forced.load(std::memory_order_relaxed);
-  *rows = found > 1 && other > 0 ? other : found - 1;
+  if (kernels->small_rows > 0 && other >= 0) kernels->small_rows = other;
   return cudaSuccess;
 }
 
+int multiprocessors(int64_t* count) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return kept(known_multiprocessors, device, count, [&](int64_t* answer) {
+    int found = 0;
+    const cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, device, &found);
+    *answer = found;
+    return error;
+  });
+}
+
 int shared_bytes(int device, int64_t* bytes) {
-  const bool kept = device >= 0 && device < kDevices;
-  int64_t found = kept ? known_shared[device].load(std::memory_order_relaxed) : 0;
-  if (found == 0) {
-    int major = 0, minor = 0, most = 0;
-    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error != cudaSuccess) return error;
-    found = 1 + (serves(NMKERN_CUDA_ARCHS, major, minor) ? most : 0);
-    if (kept) known_shared[device].store(found, std::memory_order_relaxed);
-  }
-  *bytes = found - 1;
-  return cudaSuccess;
+  return kept(known_shared, device, bytes, [&](int64_t* answer) {
+    Kernels kernels{};
+    int most = 0;
+    cudaError_t error = cudaError_t(kernels_of(device, &kernels));
+    if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, &most);
+    *answer = kernels.small_rows || kernels.wide ? most : 0;
+    return error;
+  });
 }
 
 const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }

@@ -26,14 +26,30 @@ constexpr bool serves(std::string_view archs, int major, int minor) {
 // of the tensor cores' rate before Hopper, and perhaps 60 to 75 % there.
 constexpr int64_t rows_of(int major) { return major == 9 ? 16 : 64; }
 
+// The kernels for a GPU: batches of up to small_rows are skinny_product's (0: the build has no code for it),
+// larger ones wide_product's where there is wgmma, else none of this library's.
+struct Kernels {
+  int64_t small_rows;
+  bool wide;
+};
+
+constexpr Kernels kernels_for(std::string_view archs, int major, int minor) {
+  const bool wgmma = major == 9 && minor == 0 && archs.find("90a") != archs.npos;
+  return serves(archs, major, minor) ? Kernels{rows_of(major), wgmma} : Kernels{0, false};
+}
+
 // What this build was compiled for.
 const char* built_archs();
 
-// Rows that the small-batch kernel serves on a device, 0 where this build has no code for it; a cudaError_t.
-int most_rows(int device, int64_t* rows);
+// The kernels for a device; a cudaError_t.
+int kernels_of(int device, Kernels* kernels);
 
-// Makes most_rows answer `rows` for every device that has code; 0: its own answer again. For tests and timings.
-void set_most_rows(int64_t rows);
+// The multiprocessors of the current device; a cudaError_t.
+int multiprocessors(int64_t* count);
+
+// Lets the small-batch kernel serve `rows`, 0 included, on every device that has code; -1: its own choice
+// again. For tests and timings.
+void set_small_rows(int64_t rows);
 
 // Shared memory that a block may ask for on a device, 0 where this build has no code for it; a cudaError_t.
 int shared_bytes(int device, int64_t* bytes);

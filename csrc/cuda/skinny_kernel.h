@@ -1,11 +1,8 @@
 // The product for small batches: one warp generates 16-row tiles of W in A's registers, x is B.
 //
-//   partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]    (skinny_block)
-//   z[m, n] = factor * sum_s partial[s, m, n]                                               (unmodulated)
-//   y[m, n] = z[m, n] * out_gain[c, n] + bias[c, n]                                         (finish_one)
-//   gain_grad[c, n] = sum over the rows m of c: other[m, n] * z[m, n]            (finish_with_gradient)
+//   partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]
 //
-//   x -> stage_x -> shared memory, in the order of B's registers -> multiply -> partial -> finish -> y
+//   x -> stage_x -> shared memory, in the order of B's registers -> multiply -> partial -> finish.h -> y
 //
 // All warps of a block read the same x and own outputs of their own; a step of the loop is a patch for
 // each of a quad's four lanes, so 4 * Patch::kReduction reduction indices. Nothing of W leaves registers.
@@ -21,12 +18,10 @@
 
 #include <type_traits>
 
-#include "product.h"
+#include "finish.h"
 
 namespace nmkern::cuda {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kLanes;
 constexpr int kLineBytes = 128;
 
 struct Product {
@@ -116,8 +111,8 @@ NMKERN_DEVICE void split_float(float v, uint32_t (&out)[parts]) {
   }
 }
 
-template <class Machine>
-NMKERN_DEVICE float input_value(const Product& p, int64_t m, int64_t k) {
+template <class Machine, class Call>
+NMKERN_DEVICE float input_value(const Call& p, int64_t m, int64_t k) {
   if (m >= p.batch || k < 0 || k >= p.reduction) return 0.0f;
   const float x = read_element(p.x, m, k);
   if (!p.in_gain.data) return x;
@@ -194,9 +189,9 @@ NMKERN_DEVICE void stage_x_aligned(const Product& p, const Machine& machine, int
   }
 }
 
-template <class Machine>
+template <int threads, class Machine>
 NMKERN_DEVICE void stage_table(const Machine& machine, unsigned char* shared) {
-  for (int i = machine.thread(); i < 256 * kLanes; i += kThreads)
+  for (int i = machine.thread(); i < 256 * kLanes; i += threads)
     *reinterpret_cast<uint32_t*>(shared + i / kLanes * kEntryBytes + i % kLanes * 4) =
         machine.table().entry[i / kLanes];
 }
@@ -255,8 +250,8 @@ NMKERN_DEVICE void multiply(const Product& p, Machine& machine, const unsigned c
 }
 
 // The sums of a lane: runs of consecutive outputs, four of them a store.
-template <class C, class Machine, class Sums>
-NMKERN_DEVICE void write_partial(const Product& p, const Machine& machine, int64_t batch_first,
+template <class C, class Call, class Machine, class Sums>
+NMKERN_DEVICE void write_partial(const Call& p, const Machine& machine, int64_t batch_first,
                                  int64_t first_patch, int slice, int64_t split_index, const Sums& sums) {
   using Patch = typename C::Patch;
   constexpr int kPatchOutputs = Patch::kTransposed ? Patch::kColumns : kRowsPerPatch;
@@ -302,7 +297,7 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
       fixed[group] = row_part(counter, p.keys);
   }
   float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
-  if constexpr (C::kTable) stage_table(machine, shared);
+  if constexpr (C::kTable) stage_table<kThreads>(machine, shared);
   for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
     const int steps = int(split_end - first < C::kStageSteps ? split_end - first : C::kStageSteps);
     machine.wait();
@@ -319,68 +314,6 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
     multiply<C>(p, machine, shared, patch, whole_steps, fixed, slice_bits, sums);
   }
   write_partial<C>(p, machine, batch_first, first_patch, slice, machine.block_y(), sums);
-}
-
-// The second stage: sums of the splits, then the modulation, each step rounded on its own.
-struct Finish {
-  const float* partial;
-  int64_t splits, partial_stride, skip;  // skip: outputs of the first patch before the matrix
-  int64_t batch, outputs;
-  float factor;
-  Bank out_gain, bias;
-  const int64_t* context;
-  Matrix y;
-  Matrix other;
-  Bank gain_grad;
-};
-
-// z of skinny.h.
-template <class Machine>
-NMKERN_DEVICE float unmodulated(const Finish& f, int64_t m, int64_t n) {
-  float sum = 0;
-#pragma unroll 16  // loads in flight at once: left to choose, the compiler took 4 once there were two callers
-  for (int64_t s = 0; s < f.splits; ++s)
-    sum = Machine::rounded_sum(sum, f.partial[(s * f.batch + m) * f.partial_stride + f.skip + n]);
-  return Machine::rounded_product(sum, f.factor);
-}
-
-template <class Machine>
-NMKERN_DEVICE void finish_one(const Finish& f, int64_t m, int64_t n, float z) {
-  if (f.out_gain.data) z = Machine::rounded_product(z, bank_value(f.out_gain, f.context, m, f.outputs, n));
-  if (f.bias.data) z = Machine::rounded_sum(z, bank_value(f.bias, f.context, m, f.outputs, n));
-  write_element(f.y, m, n, z);
-}
-
-// The same with the gradient of a gain. A block owns 32 outputs and takes kFinishRows rows at a time, each
-// warp its share of them; then one warp adds them up in order: no atomics, the same bits every time.
-constexpr int kFinishRows = 16;
-
-template <class Machine>
-NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, float* shared) {
-  const int warp = machine.thread() / kLanes, lane = machine.lane();
-  const int64_t n = int64_t{machine.block_x()} * kLanes + lane;
-  const bool here = n < f.outputs, one = f.gain_grad.rows == 1;
-  float total = 0;
-  for (int64_t first = 0; first < f.batch; first += kFinishRows) {
-    const int rows = int(f.batch - first < kFinishRows ? f.batch - first : kFinishRows);
-    for (int i = warp; i < rows && here; i += kWarps) {
-      const float z = unmodulated<Machine>(f, first + i, n);
-      if (f.y.data) finish_one<Machine>(f, first + i, n, z);
-      shared[i * kLanes + lane] = Machine::rounded_product(read_element(f.other, first + i, n), z);
-    }
-    machine.wait();
-    for (int i = 0; i < rows && here && warp == 0; ++i) {
-      const float value = shared[i * kLanes + lane];
-      if (one) {
-        total = Machine::rounded_sum(total, value);
-      } else {
-        float* to = f.gain_grad.data + bank_row(f.gain_grad, f.context, first + i) * f.outputs + n;
-        *to = f.context ? Machine::rounded_sum(*to, value) : value;
-      }
-    }
-    machine.wait();
-  }
-  if (one && here && warp == 0) f.gain_grad.data[n] = total;
 }
 
 }  // namespace nmkern::cuda

@@ -6,16 +6,15 @@
 
 #include <algorithm>
 
-#include "skinny.h"
+#include "dense.h"
 #include "skinny_kernel.h"
 
 namespace nmkern::cuda {
 
 // Blocks that a split aims at, two for each of an H100's 132 multiprocessors; the least reduction that is
-// worth a block; and what partial sums may take.
+// worth a block.
 constexpr int64_t kBlocks = 264;
 constexpr int64_t kLeastReduction = 256;
-constexpr int64_t kScratchBytes = int64_t{64} << 20;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -26,7 +25,25 @@ struct Plan {
   int64_t scratch_bytes() const { return splits * product.batch * product.partial_stride * 4; }
 };
 
-inline bool is_aligned(const Skinny& call, int reduction_skip, int patch) {
+inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64_t skip) {
+  Finish f{};
+  f.splits = splits;
+  f.partial_stride = stride;
+  f.skip = skip;
+  f.batch = call.batch;
+  f.outputs = call.outputs();
+  f.factor = call.factor;
+  f.out_gain = call.out_gain;
+  f.bias = call.bias;
+  f.context = call.context;
+  f.y = call.y;
+  f.other = call.other;
+  f.gain_grad = call.gain_grad;
+  return f;
+}
+
+// Whether x is bf16 throughout in whole patches, each of a row aligned to its size.
+inline bool is_aligned(const Dense& call, int reduction_skip, int patch) {
   const auto multiple = [&](int64_t elements) { return elements % std::min(patch, 8) == 0; };
   return call.x.dtype == Dtype::bfloat16 && !call.in_gain.data && call.x.col_stride == 1 &&
          reduction_skip == 0 && call.inputs() % patch == 0 && multiple(call.x.row_stride) &&
@@ -34,7 +51,7 @@ inline bool is_aligned(const Skinny& call, int reduction_skip, int patch) {
 }
 
 template <class C>
-Plan plan_of(const Skinny& call) {
+Plan plan_of(const Dense& call) {
   using Patch = typename C::Patch;
   constexpr int kPatchOutputs = C::kBlockOutputs / C::kBlockPatches;
   const int64_t in = call.transposed ? call.row_offset : call.col_offset;
@@ -51,7 +68,7 @@ Plan plan_of(const Skinny& call) {
   constexpr int64_t kLeastSteps = kLeastReduction / (kQuadLanes * Patch::kReduction);
   const int64_t wanted = std::max<int64_t>(
       1, std::min({kBlocks / (plan.blocks_x * plan.blocks_z), steps / std::max<int64_t>(1, kLeastSteps),
-                   kScratchBytes / (4 * call.batch * stride)}));
+                   call.most_scratch / (4 * call.batch * stride)}));
   const int64_t split_steps = ceil_div(ceil_div(steps, wanted), C::kUnroll) * C::kUnroll;
   plan.splits = ceil_div(steps, split_steps);
 
@@ -70,19 +87,7 @@ Plan plan_of(const Skinny& call) {
   p.split_steps = split_steps;
   p.partial_stride = stride;
 
-  Finish& f = plan.finish;
-  f.splits = plan.splits;
-  f.partial_stride = stride;
-  f.skip = output_skip;
-  f.batch = call.batch;
-  f.outputs = call.outputs();
-  f.factor = call.factor;
-  f.out_gain = call.out_gain;
-  f.bias = call.bias;
-  f.context = call.context;
-  f.y = call.y;
-  f.other = call.other;
-  f.gain_grad = call.gain_grad;
+  plan.finish = finish_of(call, plan.splits, stride, output_skip);
   return plan;
 }
 
@@ -90,7 +95,7 @@ Plan plan_of(const Skinny& call) {
 // x that is bf16 as it stands, in tiles of 8 to 64 rows; other x in three parts, of 8 to 32 rows, where
 // 64 would take more registers than there are.
 template <Family family, bool transposed, class Use>
-auto with_config(const Skinny& call, const Use& use) {
+auto with_config(const Dense& call, const Use& use) {
   const bool parts = call.x.dtype != Dtype::bfloat16 || call.in_gain.data;
   if (parts) {
     if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, 3>>();
@@ -104,7 +109,7 @@ auto with_config(const Skinny& call, const Use& use) {
 }
 
 template <class Use>
-auto with_config(const Skinny& call, const Use& use) {
+auto with_config(const Dense& call, const Use& use) {
   switch (call.family) {
     case Family::rademacher:
       return call.transposed ? with_config<Family::rademacher, true>(call, use)

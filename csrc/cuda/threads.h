@@ -1,5 +1,4 @@
-// The Machine of the sparse projection's and FlyNet's blocks on the device: who a thread is, whom it waits
-// for.
+// The Machine of every block on the device: who a thread is, whom it waits for.
 #pragma once
 
 #include "fragment.h"
@@ -12,6 +11,7 @@ struct Threads {
   NMKERN_DEVICE int lane() const { return int(threadIdx.x) % kLanes; }
   NMKERN_DEVICE uint32_t block_x() const { return blockIdx.x; }
   NMKERN_DEVICE uint32_t block_y() const { return blockIdx.y; }
+  NMKERN_DEVICE uint32_t block_z() const { return blockIdx.z; }
   NMKERN_DEVICE void wait() const { __syncthreads(); }
   NMKERN_DEVICE void wait_warp() const { __syncwarp(); }
   // What a lane of the warp has; all lanes ask. A lane out of range is taken modulo 32.

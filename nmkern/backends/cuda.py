@@ -1,13 +1,14 @@
-"""The cuda backend: CUDA C++ kernels for dense layers and small batches, loaded when first needed.
+"""The cuda backend: CUDA C++ kernels for dense layers, loaded when first needed.
 
-The library is built by setup.py where there is nvcc. Its kernel is the right one up to ``most_rows`` rows;
-its operators hand larger batches to Triton's, once their size is known, so that one graph of
-torch.compile serves every batch. The sparse projection and FlyNet are theirs at every batch, but for what
-has no room in a block's shared memory or in 64 MiB of scratch.
+The library is built by setup.py where there is nvcc. Its operators choose a kernel by the batch, once its
+size is known, so that one graph of torch.compile serves every batch: mma.sync for small ones, wgmma for
+larger ones on Hopper, and elsewhere Triton's operators. The sparse projection and FlyNet are theirs at
+every batch, but for what has no room in a block's shared memory or in 64 MiB of scratch.
 """
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -47,10 +48,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def _declare(library: ctypes.CDLL) -> None:
     """The types of the queries that the library exports."""
     library.nmkern_cuda_archs.restype = ctypes.c_char_p
-    library.nmkern_cuda_most_rows.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
-    library.nmkern_cuda_most_rows.restype = ctypes.c_char_p
-    library.nmkern_cuda_set_most_rows.argtypes = [ctypes.c_int64]
-    library.nmkern_cuda_set_most_rows.restype = None
+    found = (ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int))
+    library.nmkern_cuda_kernels.argtypes = [ctypes.c_int, *found]
+    library.nmkern_cuda_kernels.restype = ctypes.c_char_p
+    library.nmkern_cuda_set_small_rows.argtypes = [ctypes.c_int64]
+    library.nmkern_cuda_set_small_rows.restype = None
     sizes, flag = [ctypes.c_int64] * 4, ctypes.c_bool
     library.nmkern_cuda_sparse_fits.argtypes = [ctypes.c_int, *sizes, flag, ctypes.POINTER(flag)]
     library.nmkern_cuda_sparse_fits.restype = ctypes.c_char_p
@@ -63,27 +65,31 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def most_rows(index: int | None = None) -> int:
-    """Rows of a batch that the kernel serves on a GPU (default: the current one); 0 where it cannot run.
+class Kernels(NamedTuple):
+    """The library's kernels for a GPU."""
 
-    RuntimeError where CUDA's runtime has no answer.
-    """
-    rows = ctypes.c_int64(0)
+    small_rows: int  # rows of a batch that mma.sync's serves; 0 where it cannot run
+    wide: bool  # whether wgmma's serves larger batches
+
+
+def kernels(index: int | None = None) -> Kernels:
+    """The kernels for a GPU (default: the current one). RuntimeError where CUDA's runtime has no answer."""
+    rows, wide = ctypes.c_int64(0), ctypes.c_int(0)
     index = torch.cuda.current_device() if index is None else index
-    error = _library().nmkern_cuda_most_rows(index, ctypes.byref(rows))
+    error = _library().nmkern_cuda_kernels(index, ctypes.byref(rows), ctypes.byref(wide))
     if error is not None:
         raise RuntimeError(f"cuda backend: CUDA's runtime answers: {error.decode()}")
-    return rows.value
+    return Kernels(rows.value, bool(wide.value))
 
 
-def set_most_rows(rows: int | None) -> None:
-    """Let the kernel serve other batches than those it is right for; for tests and measurements.
+def set_small_rows(rows: int | None) -> None:
+    """Let the kernel for small batches serve other ones; for tests and measurements.
 
     None: its own choice again. Holds for the whole process, and is no part of a compiled graph.
     """
-    if rows is not None and rows < 1:
-        raise ValueError(f"rows: expected at least 1, got {rows}")
-    _library().nmkern_cuda_set_most_rows(rows or 0)
+    if rows is not None and rows < 0:
+        raise ValueError(f"rows: expected at least 0, got {rows}")
+    _library().nmkern_cuda_set_small_rows(-1 if rows is None else rows)
 
 
 def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
@@ -93,18 +99,22 @@ def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes float32, bfloat16 and float16, not {dtype}".replace("torch.", "")
     _, reason = _load()
-    return reason or _gpu_refusal() or _triton_refusal(family, dtype)
+    return reason or _gpu_refusal(family, dtype)
 
 
-def _gpu_refusal() -> str | None:
+def _gpu_refusal(family: str, dtype: torch.dtype) -> str | None:
     """Why no GPU of this machine can run the kernels; None where one can."""
     if not torch.cuda.is_available():
         return "there is no GPU that PyTorch finds"
     try:
-        if any(most_rows(index) for index in range(torch.cuda.device_count())):
-            return None
+        found = [kernels(index) for index in range(torch.cuda.device_count())]
     except RuntimeError as error:
         return str(error).removeprefix("cuda backend: ")
+    if any(one.wide for one in found):
+        return None
+    if any(one.small_rows for one in found):
+        reason = triton.refusal(family, dtype, "cuda")
+        return reason and f"needs triton for larger batches: {reason}"
     capability = torch.cuda.get_device_capability()
     has = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
     if capability < LEAST_CAPABILITY:
@@ -117,15 +127,11 @@ def _gpu_refusal() -> str | None:
     )
 
 
-def _triton_refusal(family: str, dtype: torch.dtype) -> str | None:
-    reason = triton.refusal(family, dtype, "cuda")
-    return reason and f"needs triton for larger batches: {reason}"
-
-
 def hands_on(batch: int, index: int | None = None) -> str | None:
     """Why a batch goes on to Triton's kernels; None where it does not."""
-    rows = most_rows(index)
-    return None if batch <= rows else f"its kernel serves up to {rows} rows on this GPU, not {batch}"
+    rows, wide = kernels(index)
+    served = wide or batch <= rows
+    return None if served else f"its kernel serves up to {rows} rows on this GPU, not {batch}"
 
 
 def hands_on_sparse(matrix: RandomMatrix, batch: int | None, index: int | None = None) -> str | None:
@@ -144,5 +150,9 @@ def hands_on_sparse(matrix: RandomMatrix, batch: int | None, index: int | None =
     return f"its kernels have no room on this GPU for {shape} at batch {batch or 1}"
 
 
-def kernel(index: int | None = None) -> str:
-    return f"cuda (up to {most_rows(index)} rows; beyond, triton)"
+def kernel(batch: int | None = None, index: int | None = None) -> str:
+    """What serves a batch, or batches, that are not handed on."""
+    rows, wide = kernels(index)
+    if batch is not None:
+        return f"cuda ({'mma.sync' if batch <= rows else 'wgmma'})"
+    return f"cuda (mma.sync up to {rows} rows; beyond, {'wgmma' if wide else 'triton'})"

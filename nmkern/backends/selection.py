@@ -120,7 +120,7 @@ def explain(
         kernel = "cuda"
     else:
         reason = None if batch is None else cuda.hands_on(batch, where.index)
-        kernel = cuda.kernel(where.index)
+        kernel = cuda.kernel(batch, where.index)
     if reason is None:
         return Explanation(chosen, kernel, refused)
     refused["cuda"] = reason

@@ -18,16 +18,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Library:
-    """Answers as the library does; ``rows`` by device, or the runtime's error."""
+    """Answers as the library does; ``rows`` by device, whether they have wgmma, or the runtime's error."""
 
-    def __init__(self, rows, error=None):
-        self.rows, self.error, self.forced = rows, error, 0
+    def __init__(self, rows, wide=False, error=None):
+        self.rows, self.wide, self.error, self.forced = rows, wide, error, -1
 
-    def nmkern_cuda_most_rows(self, index, found):
-        found._obj.value = self.rows[index] and (self.forced or self.rows[index])
+    def nmkern_cuda_kernels(self, index, rows, wide):
+        rows._obj.value = self.rows[index] if self.forced < 0 else self.forced * bool(self.rows[index])
+        wide._obj.value = self.wide
         return self.error
 
-    def nmkern_cuda_set_most_rows(self, rows):
+    def nmkern_cuda_set_small_rows(self, rows):
         self.forced = rows
 
     def nmkern_cuda_sparse_fits(self, index, batch, rows, cols, fan_in, transposed, fits):
@@ -48,8 +49,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(selection, "_choices", {})
     monkeypatch.setattr(triton, "_installed", lambda: True)
 
-    def make(*rows, capability=(9, 0), error=None):
-        library = Library(rows, error)
+    def make(*rows, wide=False, capability=(9, 0), error=None):
+        library = Library(rows, wide, error)
         monkeypatch.setattr(cuda, "_load", lambda: (library, None))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(rows))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(rows))
@@ -91,7 +92,7 @@ def test_explain_tells_which_batches_go_on_to_triton(machine):
     machine(16, 64)
     first = "runs on CPU tensors, not on cuda"
     served = explain(DENSE, torch.bfloat16, "cuda")
-    assert str(served).startswith("cuda (up to 16 rows; beyond, triton) serves this call\n")
+    assert str(served).startswith("cuda (mma.sync up to 16 rows; beyond, triton) serves this call\n")
     assert served.refused == {"cpu": first, "triton": "cuda comes first", "reference": "cuda comes first"}
     for batch, device, backend in ((16, "cuda", "cuda"), (17, "cuda", "triton"), (17, "cuda:1", "cuda")):
         assert explain(DENSE, torch.bfloat16, device, batch).backend == backend
@@ -119,14 +120,25 @@ def test_forced_it_still_hands_larger_batches_on(machine):
             modulated_linear(torch.ones(2, 4), DENSE)
 
 
+def test_with_wgmma_every_batch_is_its_own(machine, monkeypatch):
+    machine(16, wide=True)
+    monkeypatch.setattr(triton, "_installed", lambda: False)  # nobody asks for it
+    served = explain(DENSE, torch.bfloat16, "cuda")
+    assert str(served).startswith("cuda (mma.sync up to 16 rows; beyond, wgmma) serves this call\n")
+    for batch, kernel in ((16, "cuda (mma.sync)"), (17, "cuda (wgmma)"), (10**6, "cuda (wgmma)")):
+        found = explain(DENSE, torch.bfloat16, "cuda", batch)
+        assert (found.backend, found.kernel) == ("cuda", kernel)
+
+
 def test_the_rows_can_be_set(machine):
     library = machine(16, 0)
-    cuda.set_most_rows(70)
-    assert [cuda.most_rows(index) for index in (0, 1)] == [70, 0]
-    cuda.set_most_rows(None)
-    assert (cuda.most_rows(), library.forced) == (16, 0)
-    with pytest.raises(ValueError, match="rows: expected at least 1, got 0"):
-        cuda.set_most_rows(0)
+    for rows in (70, 0):
+        cuda.set_small_rows(rows)
+        assert [cuda.kernels(index).small_rows for index in (0, 1)] == [rows, 0]
+    cuda.set_small_rows(None)
+    assert (cuda.kernels(), library.forced) == ((16, False), -1)
+    with pytest.raises(ValueError, match="rows: expected at least 0, got -1"):
+        cuda.set_small_rows(-1)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +207,7 @@ def test_a_library_that_was_not_built(fresh):
         "its library was not built: there is no nvcc; to get it, reinstall nmkern with CUDA's nvcc on PATH"
     )
     with pytest.raises(RuntimeError, match=r"^cuda backend: its library was not built: there is no nvcc"):
-        cuda.most_rows(0)
+        cuda.kernels(0)
 
 
 def test_a_library_that_does_not_load(fresh):

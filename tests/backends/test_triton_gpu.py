@@ -29,16 +29,19 @@ def sparse_backend(request):
 
 
 @pytest.fixture(
-    params=["triton", *(pytest.param(n, marks=pytest.mark.cuda_library) for n in ("cuda", "cuda, all"))]
+    params=[
+        "triton",
+        *(pytest.param(n, marks=pytest.mark.cuda_library) for n in ("cuda", "cuda, small", "cuda, wide")),
+    ]
 )
 def dense_backend(request):
-    name, _, every = request.param.partition(", ")
+    name, _, every = request.param.partition(", ")  # one kernel of it for every batch
     with nmkern.use_backend(name):
         if every:
-            cuda.set_most_rows(10**6)
+            cuda.set_small_rows(10**6 if every == "small" else 0)
         yield name
         if every:
-            cuda.set_most_rows(None)
+            cuda.set_small_rows(None)
 
 
 def run(x, matrix, named, dy):
@@ -129,9 +132,10 @@ def test_every_device_and_stream(dense_backend):
 @pytest.mark.cuda_library
 def test_batches_go_where_explain_says():
     matrix = RandomMatrix(64, 96, seed=1)
-    most = cuda.most_rows()
-    assert most == (16 if torch.cuda.get_device_capability() == (9, 0) else 64)
-    for rows, backend in ((1, "cuda"), (most, "cuda"), (most + 1, "triton")):
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    most = 16 if hopper else 64
+    assert cuda.kernels() == (most, hopper)
+    for rows, backend in ((1, "cuda"), (most, "cuda"), (most + 1, "cuda" if hopper else "triton")):
         assert explain(matrix, torch.bfloat16, "cuda", rows).backend == backend
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             modulated_linear(torch.ones(rows, 96, device="cuda", dtype=torch.bfloat16), matrix)

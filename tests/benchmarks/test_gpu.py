@@ -78,27 +78,33 @@ def test_the_whole_plan_is_what_the_targets_ask_for():
     assert gpu_rows.target(64, "uniform", torch.bfloat16) is None
 
 
-def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(monkeypatch):
-    """Each row runs with its backend forced, and cuda's own kernel for any number of rows."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(monkeypatch, wide):
+    """Each row runs with its backend forced, and of cuda each kernel for any number of rows."""
     rows_set, before = [], selection.forced_backend()
     monkeypatch.setattr(gpu_rows.cuda, "refusal", lambda *_: None)
-    monkeypatch.setattr(gpu_rows.cuda, "set_most_rows", rows_set.append)
+    monkeypatch.setattr(gpu_rows.cuda, "kernels", lambda: gpu_rows.cuda.Kernels(16, wide))
+    monkeypatch.setattr(gpu_rows.cuda, "set_small_rows", rows_set.append)
     seen = []
     monkeypatch.setattr(
         gpu_rows.cases, "product", lambda *args, **_: seen.append((args[2], selection.forced_backend()))
     )
     plan = gpu_rows.rows(Report(None, HostClock()), gpu_rows.Extent())
     forced = [row for row in plan if " by " in row.label]
-    assert "linear, transposed M=32 8192x8192 bfloat16 uniform by cuda" in [row.label for row in forced]
+    labels = [row.label for row in forced]
+    assert "linear, transposed M=32 8192x8192 bfloat16 uniform by cuda (mma.sync)" in labels
+    assert ("linear M=8 8192x8192 bfloat16 uniform by cuda (wgmma)" in labels) == wide
     monkeypatch.setattr(gpu_rows.cases, "Layer", lambda *_, **__: None)
     monkeypatch.setattr(
         gpu_rows.cases, "flynet_step", lambda *_: seen.append(("flynet", selection.forced_backend()))
     )
     for row in forced:
         row.measure()
-    wanted = [(m, backend) for backend in ("triton", "cuda") for m in (8, 16, 32, 64) for _ in range(2)]
+    border = [m for m in (8, 16, 32, 64) for _ in range(2)]
+    wanted = [(m, "triton") for m in (*border, 2048, 2048)] + [(m, "cuda") for m in border] * (1 + wide)
     assert seen == [*wanted, (128, "triton"), (128, "triton"), ("flynet", "triton")]
-    assert rows_set == 8 * [2**20, None] and selection.forced_backend() == before
+    assert rows_set == 8 * [2**20, None] + wide * 8 * [0, None]
+    assert selection.forced_backend() == before
 
 
 class Ticks:

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "../../csrc/cuda/device.h"
-#include "skinny_simulated.h"
+#include "wide_simulated.h"
 
 void fail(const std::string& what) { throw std::runtime_error(what); }
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr uintptr_t kStream = 0x5170;  // of torch_cuda_stub.c
 int guards_open = 0, next_error = 0;
-int64_t products = 0;
+int64_t products = 0, wide_products = 0;
 
 }  // namespace
 
@@ -32,24 +32,35 @@ int simulated_launch(const void* scratch, const void* stream) {
 
 namespace nmkern::cuda {
 
-int64_t skinny_scratch(const Skinny& call) {
+int64_t skinny_scratch(const Dense& call) {
   return call.batch == 0 ? 0 : with_config(call, [&]<class C>() { return plan_of<C>(call).scratch_bytes(); });
 }
 
-int skinny_product(const Skinny& call, void* scratch, void* stream) {
+int64_t wide_scratch(const Dense& call) {
+  return call.batch == 0 ? 0 : with_wide_config(call, [&]<class C>() { return wide_scratch_of<C>(call); });
+}
+
+int skinny_product(const Dense& call, void* scratch, void* stream) {
   if (const int error = simulated_launch(scratch, stream)) return error;
   if (call.batch)
     with_config(call, [&]<class C>() { run_product<C>(call, static_cast<float*>(scratch)); });
   return 0;
 }
 
-int64_t rows_served = 16;
-const char* built_archs() { return "simulated"; }
-int most_rows(int, int64_t* rows) {
-  *rows = rows_served;
+int wide_product(const Dense& call, void* scratch, void* stream) {
+  if (const int error = simulated_launch(scratch, stream)) return error;
+  ++wide_products;
+  if (call.batch) with_wide_config(call, [&]<class C>() { run_wide<C>(call, scratch); });
   return 0;
 }
-void set_most_rows(int64_t rows) { rows_served = rows; }
+
+Kernels kernels{16, false};
+const char* built_archs() { return "simulated"; }
+int kernels_of(int, Kernels* found) {
+  *found = kernels;
+  return 0;
+}
+void set_small_rows(int64_t rows) { kernels.small_rows = rows < 0 ? 16 : rows; }
 const char* error_text(int error) { return error == 7 ? "error 7" : "another error"; }
 
 }  // namespace nmkern::cuda
@@ -67,8 +78,11 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
 
 #pragma GCC visibility push(default)
 extern "C" {
-// Products so far; open guards; and the error that the next product is to end with.
+// Products so far, and those of wgmma; whether there is wgmma; open guards; the error that the next product is
+// to end with.
 int64_t simulated_products() { return products; }
+int64_t simulated_wide_products() { return wide_products; }
+void simulated_wgmma(int wide) { nmkern::cuda::kernels.wide = wide != 0; }
 int simulated_guards() { return guards_open; }
 void simulated_error(int error) { next_error = error; }
 }

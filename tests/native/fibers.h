@@ -1,7 +1,7 @@
 // A block of CUDA threads on a host: every thread is a fiber, which yields where it must wait for others.
 //
-// Whose turn is first changes from turn to turn. Shared memory starts as NaN, and a block whose threads wait
-// for each other for ever fails. fail(text) is the includer's.
+// Who goes first, and which warps stand still for a while, is drawn. Shared memory starts as NaN, and a block
+// whose threads wait for each other for ever fails. fail(text) is the includer's.
 #pragma once
 
 #include <ucontext.h>
@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -24,35 +25,49 @@ struct Meeting {
 };
 
 struct ThreadBlock {
-  uint32_t x, y;
-  ucontext_t scheduler;
+  uint32_t x, y, z;
   Meeting all;
   std::vector<Meeting> warps;
   std::vector<uint32_t> posted;  // by each thread, for from_lane
+  ucontext_t scheduler{};
   bool progress = false;
+
+  ThreadBlock(int threads, uint32_t x, uint32_t y, uint32_t z)
+      : x(x), y(y), z(z), all{threads}, warps(threads / nmkern::cuda::kLanes, {nmkern::cuda::kLanes}),
+        posted(threads) {}
 };
 
 // The Machine of csrc/cuda/threads.h.
 struct HostThread {
+  using Shared = ThreadBlock;  // what the threads of a block share
   ThreadBlock& block;
   int thread_;
   ucontext_t context{};
   std::unique_ptr<char[]> stack;
   bool done = false;
 
+  HostThread(ThreadBlock& block, int thread) : block(block), thread_(thread) {}
+
   int thread() const { return thread_; }
   int lane() const { return thread_ % nmkern::cuda::kLanes; }
   uint32_t block_x() const { return block.x; }
   uint32_t block_y() const { return block.y; }
+  uint32_t block_z() const { return block.z; }
 
-  void meet(Meeting& meeting) {
+  // The last to arrive calls last().
+  template <class Last>
+  void meet(Meeting& meeting, const Last& last) {
     const int round = meeting.round;
     block.progress = true;
     if (++meeting.arrived == meeting.size) {
+      last();
       meeting.arrived = 0;
       ++meeting.round;
     }
     while (meeting.round == round) swapcontext(&context, &block.scheduler);
+  }
+  void meet(Meeting& meeting) {
+    meet(meeting, [] {});
   }
   void wait() { meet(block.all); }
   void wait_warp() { meet(block.warps[thread_ / nmkern::cuda::kLanes]); }
@@ -76,10 +91,10 @@ struct HostThread {
   static float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 };
 
-template <class Body>
+template <class Thread, class Body>
 struct Fiber {
   const Body* body;
-  HostThread* thread;
+  Thread* thread;
   unsigned char* shared;
 
   static void enter(unsigned high, unsigned low) {
@@ -91,20 +106,18 @@ struct Fiber {
 };
 
 // body(thread, shared) of every thread of a block.
-template <class Body>
-void run_threads(int threads, int64_t shared_bytes, uint32_t x, uint32_t y, const Body& body) {
-  constexpr size_t kStack = 64 << 10;
-  ThreadBlock block{.x = x, .y = y, .scheduler = {}, .all = {threads}, .warps = {}, .posted = {}};
-  block.warps.assign(threads / nmkern::cuda::kLanes, {nmkern::cuda::kLanes});
-  block.posted.resize(threads);
+template <class Thread = HostThread, class Body>
+void run_threads(int threads, int64_t shared_bytes, uint32_t x, uint32_t y, uint32_t z, const Body& body) {
+  constexpr size_t kStack = 256 << 10;
+  typename Thread::Shared block(threads, x, y, z);
   std::vector<float> shared(shared_bytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
   const auto at = reinterpret_cast<uintptr_t>(shared.data());
   auto* aligned = reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t{127});
-  std::vector<std::unique_ptr<HostThread>> all;
-  std::vector<Fiber<Body>> fibers(threads);
+  std::vector<std::unique_ptr<Thread>> all;
+  std::vector<Fiber<Thread, Body>> fibers(threads);
   for (int thread = 0; thread < threads; ++thread) {
-    all.emplace_back(new HostThread{block, thread});
-    HostThread& here = *all.back();
+    all.emplace_back(new Thread(block, thread));
+    Thread& here = *all.back();
     fibers[thread] = {&body, &here, aligned};
     here.stack.reset(new char[kStack]);
     getcontext(&here.context);
@@ -112,18 +125,23 @@ void run_threads(int threads, int64_t shared_bytes, uint32_t x, uint32_t y, cons
     here.context.uc_stack.ss_size = kStack;
     here.context.uc_link = nullptr;
     const auto fiber = reinterpret_cast<uintptr_t>(&fibers[thread]);
-    makecontext(&here.context, reinterpret_cast<void (*)()>(&Fiber<Body>::enter), 2, unsigned(fiber >> 32),
-                unsigned(fiber));
+    makecontext(&here.context, reinterpret_cast<void (*)()>(&Fiber<Thread, Body>::enter), 2,
+                unsigned(fiber >> 32), unsigned(fiber));
   }
-  for (bool left = true, forward = true; left; forward = !forward) {
+  static std::mt19937 random(3);
+  uint32_t late = 0;  // warps, for some passes
+  bool everyone = false;
+  for (int pass = 0, left = 1; left; ++pass) {
+    if (pass % 16 == 0) late = uint32_t(random());
     left = block.progress = false;
     for (int turn = 0; turn < threads; ++turn) {
-      HostThread& thread = *all[forward ? turn : threads - 1 - turn];
-      if (thread.done) continue;
-      swapcontext(&block.scheduler, &thread.context);
+      const int at = pass % 2 ? threads - 1 - turn : turn;
+      if (all[at]->done) continue;
       left = true;
+      if (everyone || !(late >> at / nmkern::cuda::kLanes & 1)) swapcontext(&block.scheduler, &all[at]->context);
     }
-    if (left && !block.progress) fail("threads wait for each other");
+    if (left && !block.progress && everyone) fail("threads wait for each other");
+    everyone = !block.progress;
   }
 }
 

@@ -36,7 +36,7 @@ template <class Body>
 void run_fly(int threads, int64_t shared_bytes, int64_t blocks_x, int64_t blocks_y, const Body& body) {
   for (uint32_t y = 0; y < blocks_y; ++y)
     for (uint32_t x = 0; x < blocks_x; ++x)
-      run_threads(threads, shared_bytes, x, y, [&](HostThread& host, unsigned char* shared) {
+      run_threads(threads, shared_bytes, x, y, 0, [&](HostThread& host, unsigned char* shared) {
         FlyThread thread{host};
         body(thread, shared);
       });

@@ -139,11 +139,40 @@ def check_larger_batches(library):
     assert first[5:] == primitives.dense_args(matrix)
     assert second[5:] == (T, True, *primitives.dense_args(matrix))
     assert library.simulated_products() == before
-    cuda.set_most_rows(70)
+    cuda.set_small_rows(70)
     y = matmul(x.repeat(4, 1), matrix)
     assert torch.equal(y, (x.repeat(4, 1).double() @ stored_weights(matrix).T).float())
     assert (len(handed), library.simulated_products()) == (2, before + 1)
-    cuda.set_most_rows(16)
+    cuda.set_small_rows(None)
+
+
+def check_larger_batches_by_wgmma(library):
+    """Where there is wgmma, none is Triton's; as small ones, in every layout that x may have."""
+    library.simulated_wgmma(1)
+    before, calls = library.simulated_wide_products(), 0
+    for number, (contexts, rows) in enumerate(((1, 17), (40, 40), (T, 70), (1, 129))):
+        g = generator(number)
+        matrix = exact_matrix("uniform", 21, 48)
+        weights = stored_weights(matrix)
+        context = torch.randint(T, (rows,), generator=g) if contexts == T else None
+        row = torch.arange(rows) % contexts if context is None else context
+        x, other = integers((rows, 48), 1, g), integers((21, rows), 2, g).T
+        banks = [integers((contexts, size), 2, g) for size in (48, 21, 21)]
+        z = (x.double() * banks[0][row]) @ weights.T
+        want = z * banks[1][row] + banks[2][row]
+        for like in (x, x.T.contiguous().T, x.bfloat16(), x.half()):
+            found = matmul(like, matrix, *banks, context)
+            assert found.dtype == like.dtype and torch.equal(found, want.to(like.dtype)), (number, like.dtype)
+            assert torch.equal(matmul(like, matrix), (x.double() @ weights.T).to(like.dtype))
+        gradient = torch.zeros(contexts, 21, dtype=torch.float64).index_add_(0, row, other * z)
+        product, grad = gain_grad(x, other, matrix, contexts, context, *banks[:2])
+        assert torch.equal(product.double(), z * banks[1][row]) and torch.equal(grad.double(), gradient)
+        calls += 9
+    assert library.simulated_wide_products() == before + calls
+    library.simulated_error(7)
+    with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
+        matmul(x, matrix)
+    library.simulated_wgmma(0)
 
 
 def check_through_the_public_operator(library):
@@ -204,7 +233,7 @@ def check_errors(library):
 def main(path, stub):
     torch.ops.load_library(path)
     library = ctypes.CDLL(path)
-    library.simulated_products.restype = ctypes.c_int64
+    library.simulated_products.restype = library.simulated_wide_products.restype = ctypes.c_int64
     cuda._load = lambda: (library, None)
     if stub == "none":
         with pytest.raises(RuntimeError, match="this PyTorch was built without CUDA"):
@@ -216,6 +245,7 @@ def main(path, stub):
         check_contexts_out_of_range()
         check_gradients_of_gains()
         check_larger_batches(library)
+        check_larger_batches_by_wgmma(library)
         check_through_the_public_operator(library)
         check_errors(library)
         simulated_cuda_sparse.check_all(library)

@@ -26,7 +26,7 @@ void check_layout() {
 }
 
 struct Simulate {
-  const Skinny& call;
+  const Dense& call;
   std::set<std::string>& kernels;
   int64_t& most_splits;
 
@@ -64,7 +64,7 @@ int main() {
   std::set<std::string> kernels;
   int64_t most_splits = 0;
   const int64_t cases =
-      check_all([&](const Skinny& call) { with_config(call, Simulate{call, kernels, most_splits}); });
+      check_all([&](const Dense& call) { with_config(call, Simulate{call, kernels, most_splits}); });
   if (most_splits < 3) fail("no case splits the reduction");
   if (kernels.size() != 42) fail("not every kernel ran: " + std::to_string(kernels.size()));
   std::printf("%lld cases, %zu kernels\n", (long long)cases, kernels.size());

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/skinny.h"
+#include "../../csrc/cuda/dense.h"
 #include "buffers.h"
 
 namespace {
@@ -19,7 +19,7 @@ namespace {
 using namespace nmkern;
 using namespace nmkern::cuda;
 
-int code_at(const Skinny& call, int64_t row, int64_t col) {
+int code_at(const Dense& call, int64_t row, int64_t col) {
   row += call.row_offset, col += call.col_offset;
   const int columns = columns_per_word(call.family), bits = 32 / columns;
   const uint32_t word =
@@ -53,12 +53,13 @@ struct Case {
   int64_t stride = 1;      // between columns
   Grad grad = Grad::none;
   bool product = true;     // with grad: is y wanted
+  int64_t most_scratch = Dense{}.most_scratch;
 };
 
 // The exact product by the definition; every step of it is an integer below 2^24.
 template <class Execute>
 void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
-  Skinny call{};
+  Dense call{};
   call.family = c.family;
   call.key = {uint32_t(random()), uint32_t(random())};
   call.transposed = c.transposed;
@@ -66,6 +67,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   call.rows = c.transposed ? c.inputs : c.outputs, call.cols = c.transposed ? c.outputs : c.inputs;
   call.factor = 0.5f;
   call.batch = c.batch;
+  call.most_scratch = c.most_scratch;
   const auto integer = [&](int64_t most) {
     return double(int64_t(random() % uint64_t(2 * most + 1)) - most);
   };
@@ -168,7 +170,7 @@ void check_extremes(const Execute& execute) {
   Buffer<float> x = {std::numeric_limits<float>::infinity(), std::bit_cast<float>(0x7F800001u),
                      std::numeric_limits<float>::max(), 0x1.fffffep-100f};
   Buffer<float> y(x.size(), 0.0f);
-  Skinny call{};
+  Dense call{};
   call.family = Family::rademacher;
   call.rows = call.cols = 1;
   call.factor = 1;
@@ -217,6 +219,31 @@ int64_t check_all(const Execute& execute) {
       run_grad(31, 64, Dtype::bfloat16, false, Grad::each, false);
       run_grad(9, 17, Dtype::float32, true, Grad::each, true);
       run_grad(1, 1, Dtype::float32, false, Grad::context, false);
+    }
+  return cases;
+}
+
+// The same for batches and reductions of several tiles and stages, and for a batch that is taken in parts.
+template <class Execute>
+int64_t check_large(const Execute& execute) {
+  std::mt19937_64 random(4);
+  int64_t cases = 0;
+  const auto run = [&](const Case& c) {
+    check(c, random, execute);
+    ++cases;
+  };
+  for (Family family : {Family::rademacher, Family::uniform, Family::normal})
+    for (bool transposed : {false, true}) {
+      run({family, transposed, 0, 0, 1280, 260, 130});
+      run({family, transposed, 4, 32, 224, 300, 257, Dtype::bfloat16, false, 32});
+      run({family, transposed, 7, 61, 333, 515, 65});
+      run({family, transposed, 2, 5, 700, 70, 140, Dtype::float32});
+      run({family, transposed, 2, 5, 100, 21, 33, Dtype::float16});
+      run({family, transposed, 1, 9, 130, 33, 150, Dtype::bfloat16, true});  // a row of out_gain for each row
+      run({family, transposed, 1, 9, 130, 33, 151, Dtype::bfloat16, true});  // in_gain by context
+      for (Grad grad : {Grad::one, Grad::each, Grad::context})
+        for (int64_t batch : {257, 300})  // three parts
+          run({family, transposed, 3, 6, 40, 70, batch, Dtype::bfloat16, batch == 300, 0, 1, grad, true, 1});
     }
   return cases;
 }

@@ -1,33 +1,18 @@
 // The CUDA kernels' own code on a host, block by block: no GPU is needed.
 //
-// Every lane is a fiber; a fiber that must wait for others (__syncthreads, mma.sync) yields. mma.sync
-// places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents, and
-// multiplies. Shared memory and partial sums start as NaN. fail(text) is the includer's.
+// mma.sync places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents, and
+// multiplies. Partial sums start as NaN.
 #pragma once
 
-#include <ucontext.h>
-
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <string>
-#include <vector>
-
 #include "../../csrc/cuda/skinny_plan.h"
-
-[[noreturn]] void fail(const std::string& what);
+#include "fibers.h"
 
 namespace {
 
 using namespace nmkern;
 using namespace nmkern::cuda;
 
-struct Barrier {
-  int size, arrived = 0, round = 0;
-};
-
 struct WarpState {
-  Barrier barrier{kLanes};
   uint32_t a[kLanes][4], b[kLanes][2];
   double product[16][8];
 
@@ -49,43 +34,19 @@ struct WarpState {
 
 constexpr NormalTable kTable = normal_table();
 
-struct Block {
-  uint32_t x, y, z;
-  ucontext_t scheduler;
-  Barrier barrier{kThreads};
-  WarpState warps[kWarps];
-  bool progress = false;
+struct WarpBlock : ThreadBlock {
+  std::vector<WarpState> states;
+  WarpBlock(int threads, uint32_t x, uint32_t y, uint32_t z)
+      : ThreadBlock(threads, x, y, z), states(threads / kLanes) {}
 };
 
-struct HostLane {
-  Block& block;
-  int thread_;
-  ucontext_t context{};
-  std::unique_ptr<char[]> stack;
-  bool done = false;
+struct HostLane : HostThread {
+  using Shared = WarpBlock;
+  WarpBlock& block;
 
-  int thread() const { return thread_; }
-  int lane() const { return thread_ % kLanes; }
-  uint32_t block_x() const { return block.x; }
-  uint32_t block_y() const { return block.y; }
-  uint32_t block_z() const { return block.z; }
+  HostLane(WarpBlock& block, int thread) : HostThread(block, thread), block(block) {}
+
   const NormalTable& table() const { return kTable; }
-
-  template <class Last>
-  void meet(Barrier& barrier, const Last& last) {
-    const int round = barrier.round;
-    block.progress = true;
-    if (++barrier.arrived == barrier.size) {
-      last();
-      barrier.arrived = 0;
-      ++barrier.round;
-    }
-    while (barrier.round == round) swapcontext(&context, &block.scheduler);
-  }
-
-  void wait() {
-    meet(block.barrier, [] {});
-  }
 
   template <class C, int count>
   void load(const unsigned char* x, int first, uint32_t (&b)[count][2]) const {
@@ -105,10 +66,10 @@ struct HostLane {
   }
 
   void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    WarpState& warp = block.warps[thread_ / kLanes];
+    WarpState& warp = block.states[thread_ / kLanes];
     std::memcpy(warp.a[lane()], a, sizeof a);
     std::memcpy(warp.b[lane()], b, sizeof b);
-    meet(warp.barrier, [&] { warp.multiply(); });
+    meet(block.warps[thread_ / kLanes], [&] { warp.multiply(); });
     for (int reg = 0; reg < 4; ++reg)
       c[reg] = float(double{c[reg]} + warp.product[c_row(lane(), reg)][c_col(lane(), reg)]);
   }
@@ -118,64 +79,24 @@ struct HostLane {
     const float values[] = {a, b, c, d};
     std::memcpy(to, values, sizeof values);
   }
-
-  static float rounded_sum(float a, float b) { return a + b; }
-  static float rounded_product(float a, float b) { return a * b; }
 };
 
-template <class Body>
-struct Task {
-  const Body* body;
-  HostLane* lane;
-  unsigned char* shared;
-
-  static void enter(unsigned high, unsigned low) {
-    const auto& task = *reinterpret_cast<Task*>(uintptr_t{high} << 32 | low);
-    (*task.body)(*task.lane, task.shared);
-    task.lane->done = task.lane->block.progress = true;
-    swapcontext(&task.lane->context, &task.lane->block.scheduler);
+// The second stage, as launch_finish.
+inline void run_finish(const Finish& f) {
+  if (f.gain_grad.data) {
+    for (uint32_t x = 0; x < ceil_div(f.outputs, kLanes); ++x)
+      run_threads<HostLane>(kThreads, kFinishRows * kLanes * 4, x, 0, 0, [&](HostLane& lane, unsigned char* shared) {
+        finish_with_gradient(f, lane, reinterpret_cast<float*>(shared));
+      });
+    return;
   }
-};
-
-// body(lane, shared) of every thread of a block.
-template <class Body>
-void run_block(int shared_bytes, uint32_t x, uint32_t y, uint32_t z, const Body& body) {
-  constexpr size_t kStack = 256 << 10;
-  auto block = std::make_unique<Block>();
-  block->x = x, block->y = y, block->z = z;
-  std::vector<float> shared(shared_bytes / 4 + 32, std::numeric_limits<float>::quiet_NaN());
-  const auto at = reinterpret_cast<uintptr_t>(shared.data());
-  auto* aligned = reinterpret_cast<unsigned char*>((at + 127) & ~uintptr_t{127});
-  std::vector<std::unique_ptr<HostLane>> lanes;
-  std::vector<Task<Body>> tasks(kThreads);
-  for (int thread = 0; thread < kThreads; ++thread) {
-    lanes.emplace_back(new HostLane{*block, thread});
-    HostLane& lane = *lanes.back();
-    tasks[thread] = {&body, &lane, aligned};
-    lane.stack.reset(new char[kStack]);
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.get();
-    lane.context.uc_stack.ss_size = kStack;
-    lane.context.uc_link = nullptr;
-    const auto at = reinterpret_cast<uintptr_t>(&tasks[thread]);
-    makecontext(&lane.context, reinterpret_cast<void (*)()>(&Task<Body>::enter), 2, unsigned(at >> 32),
-                unsigned(at));
-  }
-  for (bool left = true, forward = true; left; forward = !forward) {  // whose turn is first is nobody's to know
-    left = block->progress = false;
-    for (int turn = 0; turn < kThreads; ++turn) {
-      HostLane& lane = *lanes[forward ? turn : kThreads - 1 - turn];
-      if (lane.done) continue;
-      swapcontext(&block->scheduler, &lane.context);
-      left = true;
-    }
-    if (left && !block->progress) fail("lanes wait for each other");
-  }
+  for (int64_t m = 0; m < f.batch; ++m)
+    for (int64_t n = 0; n < f.outputs; ++n) finish_one<HostLane>(f, m, n, unmodulated<HostLane>(f, m, n));
 }
 
 // The product of a call with `partial`, 16-byte aligned, for its partial sums.
 template <class C>
-void run_product(const Skinny& call, float* partial) {
+void run_product(const Dense& call, float* partial) {
   Plan plan = plan_of<C>(call);
   std::fill_n(partial, plan.scratch_bytes() / 4, std::numeric_limits<float>::quiet_NaN());
   plan.product.partial = partial;
@@ -183,19 +104,10 @@ void run_product(const Skinny& call, float* partial) {
   for (uint32_t z = 0; z < plan.blocks_z; ++z)
     for (uint32_t y = 0; y < plan.splits; ++y)
       for (uint32_t x = 0; x < plan.blocks_x; ++x)
-        run_block(C::kSharedBytes, x, y, z, [&](HostLane& lane, unsigned char* shared) {
+        run_threads<HostLane>(kThreads, C::kSharedBytes, x, y, z, [&](HostLane& lane, unsigned char* shared) {
           skinny_block<C>(plan.product, lane, shared);
         });
-  if (call.gain_grad.data) {
-    for (uint32_t x = 0; x < ceil_div(call.outputs(), kLanes); ++x)
-      run_block(kFinishRows * kLanes * 4, x, 0, 0, [&](HostLane& lane, unsigned char* shared) {
-        finish_with_gradient(plan.finish, lane, reinterpret_cast<float*>(shared));
-      });
-    return;
-  }
-  for (int64_t m = 0; m < call.batch; ++m)
-    for (int64_t n = 0; n < call.outputs(); ++n)
-      finish_one<HostLane>(plan.finish, m, n, unmodulated<HostLane>(plan.finish, m, n));
+  run_finish(plan.finish);
 }
 
 }  // namespace

@@ -17,12 +17,12 @@ struct RunForward {
     if (plan.scratch_bytes) {
       plan.forward.columns = plan.drawing.columns = static_cast<uint32_t*>(scratch);
       for (uint32_t x = 0; x * int64_t{kDrawThreads} < plan.drawing.stride; ++x)
-        run_threads(kDrawThreads, 0, x, 0,
+        run_threads(kDrawThreads, 0, x, 0, 0,
                     [&](HostThread& t, unsigned char*) { draw_block<T>(plan.drawing, t); });
     }
     for (uint32_t y = 0; y < plan.blocks_y; ++y)
       for (uint32_t x = 0; x < plan.blocks_x; ++x)
-        run_threads(kTileThreads, plan.shared_bytes, x, y,
+        run_threads(kTileThreads, plan.shared_bytes, x, y, 0,
                     [&](HostThread& t, unsigned char* shared) { forward_block<T>(plan.forward, t, shared); });
     return 0;
   }
@@ -37,12 +37,12 @@ inline int run_sparse(const Sparse& call, int64_t shared_bytes, void* scratch) {
   plan.place(scratch);
   std::memset(plan.prepare.bits, 0, plan.bits_bytes);
   for (uint32_t x = 0; x < plan.prepare_blocks; ++x)
-    run_threads(kDrawThreads, kPrepareBytes, x, 0, [&](HostThread& t, unsigned char* shared) {
+    run_threads(kDrawThreads, kPrepareBytes, x, 0, 0, [&](HostThread& t, unsigned char* shared) {
       prepare_block(plan.prepare, t, reinterpret_cast<float*>(shared));
     });
   for (uint32_t y = 0; y < plan.blocks_y; ++y)
     for (uint32_t x = 0; x < plan.blocks_x; ++x)
-      run_threads(kColumnThreads, kColumnBytes, x, y,
+      run_threads(kColumnThreads, kColumnBytes, x, y, 0,
                   [&](HostThread& t, unsigned char* shared) { column_block(plan.columns, t, shared); });
   return 0;
 }

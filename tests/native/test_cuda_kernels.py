@@ -33,6 +33,12 @@ def test_blocks_of_every_kernel_compute_the_product(tmp_path):
 
 
 @pytest.mark.slow
+def test_blocks_of_hopper_compute_the_product(tmp_path):
+    """On simulated warpgroups, whose wgmma runs late; the same cases, and larger ones."""
+    assert run_program(tmp_path, "wide_block") == (0, "205 cases, 36 kernels\n")
+
+
+@pytest.mark.slow
 def test_blocks_of_the_sparse_projection_compute_it(tmp_path):
     """To the bit: the order of the sums is promised. Whatever shared memory a block has."""
     assert run_program(tmp_path, "sparse_block") == (0, "40 cases, 6 ways\n")
@@ -48,14 +54,18 @@ def test_blocks_of_flynet_compute_it(tmp_path):
 @pytest.mark.nvcc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize(("kernels", "cases"), [("skinny", 127), ("sparse", 40), ("flynet", 13)])
+@pytest.mark.parametrize(("kernels", "cases"), [("dense", 205), ("sparse", 40), ("flynet", 13)])
 def test_a_gpu_computes_the_same_cases(tmp_path, kernels, cases):
     program = tmp_path / f"{kernels}_device"
     major, minor = torch.cuda.get_device_capability()
-    arch = "90a" if (major, minor) == (9, 0) else f"{major}{minor}"
+    hopper = (major, minor) == (9, 0)
+    arch = "90a" if hopper else f"{major}{minor}"
     target = f"arch=compute_{arch},code=sm_{arch}"
-    sources = (HERE.parents[1] / f"csrc/cuda/{kernels}.cu", HERE / f"{kernels}_device.cpp")
-    flags = ("-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target)
-    subprocess.run(["nvcc", *flags, *sources, "-o", program], check=True)
+    names = ("skinny", "wide", "finish", "device") if kernels == "dense" else (kernels,)
+    sources = [HERE.parents[1] / f"csrc/cuda/{name}.cu" for name in names]
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target]
+    flags += [f'-DNMKERN_CUDA_ARCHS="{arch}"', *(["-DNMKERN_WIDE"] if hopper else [])]
+    subprocess.run(["nvcc", *flags, *sources, HERE / f"{kernels}_device.cpp", "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{cases} cases\n")
+    twice = 1 + (hopper and kernels == "dense")  # by each of the two kernels
+    assert (done.returncode, done.stdout) == (0, f"{twice * cases} cases\n")

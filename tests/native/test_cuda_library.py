@@ -99,13 +99,17 @@ def test_a_compiler_that_fails_is_told_with_its_words(build, monkeypatch, tmp_pa
 def test_code_runs_on_gpus_of_its_major_version():
     source = """
         #include "csrc/cuda/device.h"
-        using nmkern::cuda::serves;
+        using nmkern::cuda::serves, nmkern::cuda::kernels_for;
         constexpr std::string_view usual = "80,89,90a";
         static_assert(serves(usual, 8, 0) && serves(usual, 8, 6) && serves(usual, 9, 0));
         static_assert(!serves(usual, 7, 5) && !serves(usual, 10, 0) && !serves(usual, 12, 0));
         static_assert(!serves("89", 8, 6) && serves("89", 8, 9));
         static_assert(!serves("90a", 9, 1) && serves("90", 9, 1));
         static_assert(serves("100f,120", 10, 3) && serves("100f,120", 12, 1) && !serves("", 8, 0));
+        static_assert(kernels_for(usual, 9, 0).small_rows == 16 && kernels_for(usual, 9, 0).wide);
+        static_assert(kernels_for(usual, 8, 6).small_rows == 64 && !kernels_for(usual, 8, 6).wide);
+        static_assert(kernels_for("90", 9, 0).small_rows == 16 && !kernels_for("90", 9, 0).wide);
+        static_assert(kernels_for(usual, 7, 5).small_rows == 0 && !kernels_for(usual, 7, 5).wide);
     """
     command = ["c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-x", "c++", f"-I{ROOT}", "-"]
     done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
@@ -120,9 +124,9 @@ def registered():
 before = registered()
 torch.ops.load_library({path!r})
 library = ctypes.CDLL({path!r})
-library.nmkern_cuda_archs.restype = library.nmkern_cuda_most_rows.restype = ctypes.c_char_p
-rows = ctypes.c_int64(-1)
-error = library.nmkern_cuda_most_rows(0, ctypes.byref(rows))
+library.nmkern_cuda_archs.restype = library.nmkern_cuda_kernels.restype = ctypes.c_char_p
+rows, wide = ctypes.c_int64(-1), ctypes.c_int(-1)
+error = library.nmkern_cuda_kernels(0, ctypes.byref(rows), ctypes.byref(wide))
 print(before, registered(), library.nmkern_cuda_archs().decode(), rows.value, bool(error))
 """
 
@@ -144,8 +148,8 @@ def test_the_library_needs_no_cuda_and_keeps_its_own_to_itself(build, run_python
     shims = re.compile(r"(aoti_)?torch_\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_\S+")
     assert [name for name in undefined if not shims.fullmatch(name)] == []
     ours = {name for _, name in names if name.startswith("nmkern")}
-    rows = {"nmkern_cuda_most_rows", "nmkern_cuda_set_most_rows"}
-    assert ours == {"nmkern_cuda_archs", *rows, "nmkern_cuda_sparse_fits"}
+    dense = {"nmkern_cuda_kernels", "nmkern_cuda_set_small_rows"}
+    assert ours == {"nmkern_cuda_archs", *dense, "nmkern_cuda_sparse_fits"}
     before, after, archs, rows, error = run_python(SCRIPT.format(path=str(library))).split()
     assert (before, after, archs) == ("False", "True", "80")
-    assert (error == "True") == (rows == "-1") == (not torch.cuda.is_available())
+    assert (error == "True") == (rows == "0") == (not torch.cuda.is_available())

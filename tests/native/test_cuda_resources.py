@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")  # its wheel has the disassembler
 
+from benchmarks import cuda_resources
+
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((ROOT / "benchmarks/results/cuda_resources.json").read_text())
 SCRIPT = """
@@ -27,7 +29,7 @@ print("RESULT" + json.dumps([cuda_resources.compiler(), cuda_resources.measure({
 def test_kernels_compile_within_the_committed_resources(run_python, arch):
     printed = run_python(SCRIPT.format(root=str(ROOT), arch=arch), TRITON_INTERPRET="0")
     version, found = json.loads(printed.partition("RESULT")[2])
-    assert len(found) == 44
+    assert len(found) == (82 if arch == "90a" else 44)
     assert {name: row["spilled_bytes"] for name, row in found.items() if row["spilled_bytes"]} == {}
     if version != TABLE["nvcc"]:
         pytest.skip(f"the table holds figures of nvcc {TABLE['nvcc']}, this is {version}")
@@ -42,3 +44,29 @@ def test_kernels_compile_within_the_committed_resources(run_python, arch):
 def test_the_loop_for_16_rows_meets_its_target(family, most, way):
     """Instructions a weight on sm_90a, on the committed figures."""
     assert TABLE[f"sm_90a {family} {way} 16 rows, 1 part"]["instructions_per_weight"] <= most
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name.endswith("wgmma")])
+def test_wgmma_takes_generated_weights_from_registers(name):
+    """All of a loop's, of two k16 steps and two tiles at least, beside the instructions that generate."""
+    row = TABLE[name]
+    assert row["wgmma_from_registers"] % 8 == 0 < row["wgmma_from_registers"]
+    assert row["serialized"] == row["hazards"] == 0
+
+
+def test_every_large_batch_kernel_is_in_the_table():
+    assert sum(name.endswith("wgmma") for name in TABLE) == 36
+
+
+def test_a_write_into_what_wgmma_reads_is_found():
+    first, second = (f"HGMMA.64x64x16.F32.BF16 R{d}, R{a}, gdesc[UR4], R{d}" for d, a in ((24, 80), (56, 84)))
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+    loop = [first, f"{second}, gsb0", wait, "IMAD.WIDE.U32 R88, R2, R3, R4", f"{first}, gsb0", wait]
+    assert cuda_resources.hazards(loop) == []
+    for hazard in ("HADD2.BF16_V2 R83, R1, -143, -143", "LDS.128 R78, [R2]", "@P0 FADD R1, R2, R40"):
+        assert set(cuda_resources.hazards([first, hazard, *loop[1:]])) == {hazard}
+    harmless = ("HADD2.BF16_V2 R1, R83, -143, -143", "STS.128 [R2], R80", "MOV R88, R84")
+    assert cuda_resources.hazards([first, *harmless, *loop[1:]]) == []
+    assert cuda_resources.hazards([one for one in loop if one != wait]) == []  # nothing touches them
+    late = [*loop[:2], "SHF.R.U32.HI R84, RZ, 0x3, R9", *loop[2:]]
+    assert set(cuda_resources.hazards(late)) == {"SHF.R.U32.HI R84, RZ, 0x3, R9"}

@@ -1,4 +1,4 @@
-// The dense product for small batches on CUDA: what a call is, free of any framework.
+// The dense product on CUDA: what a call is, free of any framework.
 //
 //   y[m, n] = z[m, n] * out_gain[c, n] + bias[c, n]
 //   gain_grad[c, n] = sum over the rows m of c: other[m, n] * z[m, n]
@@ -13,14 +13,14 @@
 
 namespace nmkern::cuda {
 
-struct Skinny {
+struct Dense {
   Family family;
   Key key;
   int64_t row_offset, col_offset, rows, cols;  // in the stream's orientation
   bool transposed;
   float factor;
 
-  int64_t batch;  // M; 64 rows share what is generated, more are served by generating again
+  int64_t batch;  // M
   Matrix x;       // [M, K]
   Matrix y;       // [M, N]
   Bank in_gain, out_gain, bias;
@@ -30,14 +30,21 @@ struct Skinny {
   Matrix other;    // [M, N]
   Bank gain_grad;  // [1, context's range or M, N]
 
+  int64_t most_scratch = int64_t{64} << 20;  // bytes, where a call can be taken in parts
+
   int64_t inputs() const { return transposed ? rows : cols; }
   int64_t outputs() const { return transposed ? cols : rows; }
 };
 
-// Scratch that the call needs, in bytes: at most 64 MiB, or one float for each output where that is more.
-int64_t skinny_scratch(const Skinny& call);
+// Two kernels compute it: skinny for small batches, on every GPU since sm_80, and wide for large ones, on sm_90a.
 
-// Enqueues the call on a cudaStream_t and waits for nothing; a cudaError_t. `scratch` is 16-byte aligned.
-int skinny_product(const Skinny& call, void* scratch, void* stream);
+// Scratch that the call needs, in bytes: at most most_scratch, or where that is more one float for each output
+// (skinny), or what 128 rows take (wide: three bf16 for each element of x, and one float for each output).
+int64_t skinny_scratch(const Dense& call);
+int64_t wide_scratch(const Dense& call);
+
+// Enqueues the call on a cudaStream_t and waits for nothing; a cudaError_t. `scratch` is 64-byte aligned.
+int skinny_product(const Dense& call, void* scratch, void* stream);
+int wide_product(const Dense& call, void* scratch, void* stream);
 
 }  // namespace nmkern::cuda

@@ -1,12 +1,17 @@
-// Runs the cases of skinny_cases.h on a GPU, twice each: outputs must equal the exact reference, and the
-// second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
+// Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact
+// reference, and the second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
 #include "device_runs.h"
 #include "skinny_cases.h"
 
 namespace {
 
-void execute(const Skinny& call) {
-  const int64_t bytes = skinny_scratch(call);
+struct Kernel {
+  int64_t (*scratch)(const Dense&);
+  int (*product)(const Dense&, void*, void*);
+};
+
+void execute(const Kernel& kernel, const Dense& call) {
+  const int64_t bytes = kernel.scratch(call);
   struct {
     float* data;
     size_t count;
@@ -19,7 +24,7 @@ void execute(const Skinny& call) {
     must(cudaMemset(scratch, 0xFF, bytes));
     if (call.gain_grad.data && call.context)  // is added to
       std::fill_n(results[1].data, results[1].count, 0.0f);
-    must(skinny_product(call, scratch, nullptr));
+    must(kernel.product(call, scratch, nullptr));
     must(cudaDeviceSynchronize());
     for (int i = 0; i < 2; ++i) {
       const auto& [data, count] = results[i];
@@ -36,5 +41,15 @@ void execute(const Skinny& call) {
 
 int main() {
   use_managed_memory();
-  std::printf("%lld cases\n", (long long)check_all(execute));
+  int64_t cases = 0;
+  for (const Kernel& kernel : {
+           Kernel{skinny_scratch, skinny_product},
+#if defined(NMKERN_WIDE)
+           Kernel{wide_scratch, wide_product},
+#endif
+       }) {
+    const auto run = [&](const Dense& call) { execute(kernel, call); };
+    cases += check_all(run) + check_large(run);
+  }
+  std::printf("%lld cases\n", (long long)cases);
 }

@@ -1,0 +1,166 @@
+// From a call to launches of the kernel for large batches: which WideConfig serves it, whether x is packed
+// first, how the batch is parted and the reduction split.
+//
+// Invariant: as in skinny_plan.h, it follows from shapes, dtypes and constants, never from the device.
+#pragma once
+
+#include "skinny_plan.h"
+#include "wide_kernel.h"
+
+namespace nmkern::cuda {
+
+// Blocks that a split aims at, one for each of an H100's 132 multiprocessors, and the least reduction that is
+// worth a block. A batch whose scratch would take more than call.most_scratch is taken in parts of kBatchRows.
+constexpr int64_t kWideBlocks = 132;
+constexpr int64_t kWideLeastReduction = 512;
+constexpr int64_t kBatchRows = 128;
+constexpr int64_t kAlignment = 64;  // bytes of what lies in scratch
+
+struct WidePlan {
+  WideProduct product;
+  Pack pack;
+  bool packed;
+  int64_t splits, pack_bytes, partial_bytes;
+  int64_t scratch_bytes() const { return pack_bytes + partial_bytes; }
+};
+
+template <class C>
+WidePlan wide_plan_of(const Dense& call) {
+  using Patch = typename C::Patch;
+  const int64_t in = call.transposed ? call.row_offset : call.col_offset;
+  const int64_t out = call.transposed ? call.col_offset : call.row_offset;
+  const int64_t reduction_skip = in % Patch::kReduction, output_skip = out % C::kPatchOutputs;
+  const int64_t patch_blocks =
+      ceil_div(ceil_div(output_skip + call.outputs(), C::kPatchOutputs), C::kBlockPatches);
+  const int64_t stride = patch_blocks * C::kBlockOutputs;
+
+  WidePlan plan{};
+  WideProduct& p = plan.product;
+  plan.packed = C::kParts > 1 || !is_aligned(call, int(reduction_skip), Patch::kReduction);
+  p.reduction = plan.packed ? ceil_div(reduction_skip + call.inputs(), C::kTurn) * C::kTurn : call.inputs();
+  p.turns = ceil_div(p.reduction, C::kTurn);
+  p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
+  p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
+  const int64_t wanted = std::max<int64_t>(
+      1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
+                   p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
+                   call.most_scratch / (4 * call.batch * stride)}));
+  p.split_turns = ceil_div(p.turns, wanted);
+  plan.splits = ceil_div(p.turns, p.split_turns);
+  p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
+  p.keys = round_keys(call.key, call.family);
+  p.batch = call.batch;
+  p.reduction_patch = uint32_t(in / Patch::kReduction);
+  p.output_patch = uint32_t(out / C::kPatchOutputs);
+  p.partial_stride = stride;
+  p.finish = finish_of(call, plan.splits, stride, output_skip);
+
+  const auto aligned = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
+  if (plan.packed) {
+    plan.pack = {call.x, call.in_gain, call.context, call.batch, call.inputs(), reduction_skip, nullptr, p.reduction};
+    plan.pack_bytes = aligned(C::kParts * call.batch * p.reduction * 2);
+    p.x_row_stride = p.reduction;
+    p.x_part_stride = call.batch * p.reduction;
+  } else {
+    p.x = static_cast<const uint16_t*>(call.x.data);
+    p.x_row_stride = call.x.row_stride;
+  }
+  if (plan.splits > 1 || call.gain_grad.data || !in_fours(p.finish))
+    plan.partial_bytes = aligned(plan.splits * call.batch * stride * 4);
+  return plan;
+}
+
+// Where the plan's scratch lies.
+inline void place(WidePlan& plan, void* scratch) {
+  auto* at = static_cast<unsigned char*>(scratch);
+  if (plan.packed) {
+    plan.pack.to = reinterpret_cast<uint16_t*>(at);
+    plan.product.x = plan.pack.to;
+  }
+  if (plan.partial_bytes) {
+    plan.product.partial = reinterpret_cast<float*>(at + plan.pack_bytes);
+    plan.product.finish.partial = plan.product.partial;
+  }
+}
+
+// Rows of the batch that are taken at once.
+template <class C>
+int64_t wide_rows(const Dense& call) {
+  Dense one = call;
+  one.batch = std::min(call.batch, kBatchRows);
+  const WidePlan plan = wide_plan_of<C>(one);
+  const bool summed = call.gain_grad.data || !in_fours(plan.product.finish);
+  const int64_t bytes = plan.pack_bytes / one.batch + (summed ? plan.product.partial_stride * 4 : 0);
+  if (bytes == 0) return call.batch;
+  return std::min(call.batch, std::max(call.most_scratch / bytes / kBatchRows, int64_t{1}) * kBatchRows);
+}
+
+inline Matrix rows_from(Matrix a, int64_t first) {
+  if (a.data)
+    a.data = static_cast<unsigned char*>(a.data) + first * a.row_stride * (a.dtype == Dtype::float32 ? 4 : 2);
+  return a;
+}
+
+// The rows [first, first + rows) of a call. The first part overwrites a gradient of one row, the others add.
+inline Dense part_of(const Dense& call, int64_t first, int64_t rows) {
+  Dense part = call;
+  const auto bank = [&](Bank b) {
+    const bool each = b.data && !call.context && b.rows > 1;  // a row for each row of the batch
+    return each ? Bank{b.data + first * (b.data == call.in_gain.data ? call.inputs() : call.outputs()), rows} : b;
+  };
+  part.batch = rows;
+  part.x = rows_from(call.x, first);
+  part.y = rows_from(call.y, first);
+  part.other = rows_from(call.other, first);
+  part.in_gain = bank(call.in_gain);
+  part.out_gain = bank(call.out_gain);
+  part.bias = bank(call.bias);
+  part.gain_grad = bank(call.gain_grad);
+  if (call.context) part.context = call.context + first;
+  return part;
+}
+
+// Calls use.template operator()<WideConfig>() with the one that serves a call.
+template <Family family, bool transposed, int parts, class Use>
+auto with_wide_config(const Dense& call, const Use& use) {
+  if (call.batch <= 32) return use.template operator()<WideConfig<family, transposed, 4, parts>>();
+  if (call.batch <= 64) return use.template operator()<WideConfig<family, transposed, 8, parts>>();
+  return use.template operator()<WideConfig<family, transposed, 16, parts>>();
+}
+
+template <Family family, class Use>
+auto with_wide_config(const Dense& call, const Use& use) {
+  const bool parts = call.x.dtype != Dtype::bfloat16 || call.in_gain.data;
+  if (call.transposed)
+    return parts ? with_wide_config<family, true, 3>(call, use) : with_wide_config<family, true, 1>(call, use);
+  return parts ? with_wide_config<family, false, 3>(call, use) : with_wide_config<family, false, 1>(call, use);
+}
+
+template <class Use>
+auto with_wide_config(const Dense& call, const Use& use) {
+  switch (call.family) {
+    case Family::rademacher: return with_wide_config<Family::rademacher>(call, use);
+    case Family::uniform: return with_wide_config<Family::uniform>(call, use);
+    default: return with_wide_config<Family::normal>(call, use);
+  }
+}
+
+template <class C>
+int64_t wide_scratch_of(const Dense& call) {
+  return wide_plan_of<C>(part_of(call, 0, wide_rows<C>(call))).scratch_bytes();
+}
+
+// use(plan) for each part of the batch, until one has an error; `scratch` is aligned to kAlignment.
+template <class C, class Use>
+int for_each_part(const Dense& call, void* scratch, const Use& use) {
+  const int64_t most = wide_rows<C>(call);
+  for (int64_t first = 0; first < call.batch; first += most) {
+    WidePlan plan = wide_plan_of<C>(part_of(call, first, std::min(most, call.batch - first)));
+    place(plan, scratch);
+    plan.product.finish.add = first > 0 && call.gain_grad.rows == 1;
+    if (const int error = use(plan)) return error;
+  }
+  return 0;
+}
+
+}  // namespace nmkern::cuda
