@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nmkern.backends import primitives
 from nmkern.matrix import RandomMatrix, as_float, float32
@@ -26,8 +27,17 @@ def check_matrix(name: str, matrix: RandomMatrix, *, dense: bool) -> None:
         )
 
 
+def refuse_tangent(name: str, tensor: Tensor) -> None:
+    """No forward mode: an operator without a rule for it would lose the tangent without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: expected no tangent: forward-mode differentiation is not implemented, "
+            "reverse mode is (torch.autograd.grad, torch.func.vjp)"
+        )
+
+
 def check_input(x: Tensor, matrix: RandomMatrix) -> None:
-    """A strided floating-point tensor with as many features as the matrix has columns."""
+    """A strided floating-point tensor with as many features as the matrix has columns, and no tangent."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -39,6 +49,7 @@ def check_input(x: Tensor, matrix: RandomMatrix) -> None:
             f"x: expected shape [..., {matrix.cols}] for a matrix of shape "
             f"{list(matrix.shape)}, got {list(x.shape)}"
         )
+    refuse_tangent("x", x)
 
 
 def autocast(x: Tensor) -> tuple[Tensor, bool]:
@@ -96,6 +107,7 @@ def normalize_bank(
         return None
     if not isinstance(bank, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(bank).__name__}")
+    refuse_tangent(name, bank)
     wide = primitives.sum_dtype(x.dtype)
     if bank.dtype not in (_DTYPES if cast else (x.dtype, wide)):
         want = _name(x.dtype) if x.dtype == wide else f"{_name(x.dtype)} or {_name(wide)}"

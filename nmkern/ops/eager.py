@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nmkern.backends import packed, primitives, selection
 from nmkern.matrix import RandomMatrix
@@ -43,6 +44,7 @@ def _is_plain(x: Tensor) -> bool:
         and not _dispatch_modes()
         and not _function_modes()
         and _transform() is None
+        and forward_ad._current_level < 0
     )
 
 

@@ -19,8 +19,9 @@ from formula import (
     normals,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
-from nmkern import RandomMatrix, modulated_linear
+from nmkern import RandomMatrix, modulated_linear, sparse_project
 from nmkern.backends import packed, primitives, selection
 
 # Derivatives
@@ -132,6 +133,30 @@ def test_torch_func_on_integers_is_exact(backend_once, transform):
         assert torch.equal(actual.double(), exact)
 
 
+@pytest.mark.parametrize("name", ["x", "in_gain", "bias", "strength"])
+def test_a_tangent_is_refused_and_not_lost(name):
+    """Forward mode has no rule; without a gradient to record, the operator would drop the tangent."""
+    matrix = RandomMatrix(3, 4, seed=1)
+    values = {"x": torch.ones(2, 4), "in_gain": torch.ones(4), "bias": torch.ones(3), "strength": torch.ones(())}
+
+    def layer(value):
+        return modulated_linear(**{**values, name: value}, matrix=matrix)
+
+    message = f"{name}: expected no tangent: forward-mode differentiation is not implemented"
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(values[name], torch.ones_like(values[name]))
+        with pytest.raises(NotImplementedError, match=message):
+            layer(dual)
+        assert torch.equal(layer(values[name]), layer(values[name].clone()))
+        if name == "x":
+            with pytest.raises(NotImplementedError, match=message):
+                modulated_linear(dual, matrix)  # by the short way
+            with pytest.raises(NotImplementedError, match=message):
+                sparse_project(dual, RandomMatrix(5, 4, seed=1, family="sparse", fan_in=2))
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(layer, (values[name],), (torch.ones_like(values[name]),))
+
+
 def test_vmap_over_contexts_banks_and_their_gradients(backend_once):
     g = generator(5)
     matrix = exact_matrix("uniform", 3, 5)
@@ -233,7 +258,7 @@ def test_every_registered_operator_is_checked():
     short = {f"nmkern::{name}" for name in packed.SCHEMAS}
     defined = {f"nmkern::{b}_{p}" for p in checked for b in selection.backends_with(p)}
     assert registered == defined | short
-    assert set(selection.backends_with("sparse_matmul")) == set(selection.BACKENDS) - {"cuda"}
+    assert all(set(selection.backends_with(p)) == set(selection.BACKENDS) for p in checked)
 
 
 def test_the_first_call_of_a_process_may_be_compiled(run_python):
