@@ -17,7 +17,9 @@ def main() -> None:
     cpu.add_argument("--quick", action="store_true", help="a minute: small sizes, few batches")
     cpu.add_argument("--out", type=Path, help="append the rows to this file as JSON lines")
     gpu = commands.add_parser("gpu", help="tests and rows that need an NVIDIA GPU")
-    gpu.add_argument("--quick", action="store_true", help="few sizes and batches, for a first look")
+    extent = gpu.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="few sizes and batches, for a first look")
+    extent.add_argument("--sanitize", action="store_true", help="compute-sanitizer on the CUDA kernels alone")
     gpu.add_argument("--out", type=Path, required=True, help="folder for tests.txt, rows.jsonl, table.txt")
     gpu.add_argument("--minutes", type=float, default=8, help="for all of it; rows that do not fit are left")
     gpu.add_argument("--commit", help="what rows name as their commit, where the checkout has no history")
@@ -35,6 +37,8 @@ def main() -> None:
     elif args.command == "gpu":
         from benchmarks import gpu as on_gpu
 
+        if args.sanitize:
+            sys.exit(on_gpu.sanitize(args.out, args.minutes))
         sys.exit(on_gpu.run(args.out, args.quick, args.minutes, args.commit))
     elif args.command == "resources":
         if args.cuda:

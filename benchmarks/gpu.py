@@ -1,10 +1,11 @@
-"""``python -m benchmarks gpu --out DIR [--quick]``: everything that needs a GPU, in one command.
+"""``python -m benchmarks gpu --out DIR [--quick | --sanitize]``: everything that needs a GPU, in one command.
 
     CUDA device? -> native libraries, built in place if missing -> the GPU tests -> the GPU's rows -> a table
 
 Runs from a checkout, installed or not. DIR gets tests.txt (what pytest said), rows.jsonl (appended row
 by row) and table.txt. Nothing is measured unless every GPU test ran and passed; the exit status is 0 only
 if all that and every row that was tried went well. Rows that no longer fit into the time are listed.
+With --sanitize, CUDA's compute-sanitizer watches the cases of the CUDA kernels instead, and that is all.
 """
 
 import importlib.util
@@ -89,6 +90,17 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str]) -> str | None
     if done.returncode != 0 or counts["failures"] or counts["errors"]:
         return f"pytest ended with {done.returncode}"
     return f"{counts['skipped']} were skipped" if counts["skipped"] else None
+
+
+def sanitize(out: Path, minutes: float) -> int:
+    """The CUDA kernels under compute-sanitizer; the exit status. RuntimeError without what it takes."""
+    require_device()
+    if missing := [name for name in ("nvcc", "compute-sanitizer") if shutil.which(name) is None]:
+        raise RuntimeError(f"gpu --sanitize: expected {' and '.join(missing)} on PATH")
+    out.mkdir(parents=True, exist_ok=True)
+    refused = tests_refused(out, 60 * minutes, ("-m", "sanitizer", "tests"))
+    print(f"compute-sanitizer: {refused or 'nothing was found'}. See {out / 'tests.txt'}")
+    return int(refused is not None)
 
 
 def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = None) -> int:

@@ -44,7 +44,14 @@ class Extent:
 
 
 QUICK = Extent(
-    **{"sizes": (8192,), "first": (1, 16, 64, 4096), "rest": (), "few": (1, 64), "border": (16, 32), "large": ()},
+    **{
+        "sizes": (8192,),
+        "first": (1, 16, 64, 4096),
+        "rest": (),
+        "few": (1, 64),
+        "border": (16, 32),
+        "large": (),
+    },
     **{"huge_batches": (1,), "seconds": 0.2},
 )
 

@@ -1,8 +1,10 @@
 """``python -m benchmarks resources [--out FILE]``: what the Triton kernels compile to, without a GPU.
 
-Compiles the dense kernels ahead of time for sm_80 and sm_90, disassembles them with the tools of Triton's
-wheel, and records registers, spilled bytes, shared memory and machine instructions per weight and thread
-of the main loop. The committed table is what tests/backends/test_triton_resources.py holds kernels to.
+Compiles the kernels ahead of time for sm_80 and sm_90, disassembles them with the tools of Triton's wheel,
+and records registers, spilled bytes and shared memory; of the main loop of products, machine instructions
+per weight and thread, what multiplies (HMMA or HGMMA), asynchronous copies of 16 bytes, and stores to shared
+memory, where weights have no business. The committed table is what tests/backends/test_triton_resources.py
+holds kernels to.
 """
 
 import json
@@ -19,14 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nmkern import stream
-from nmkern.backends.triton import configs, dense, flynet, sparse
+from nmkern.backends.triton import configs, dense, flynet, launch, sparse
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _POINTERS = {
-    *("x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "gain_grad"),
+    *("x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "sums", "products"),
     *("columns", "counts", "starts", "order", "total", "mean", "gain", "d_logits", "out"),
 }
 _WIDE = {"shift"}  # integers that pass 2^31
+_ALIGNED = {"N", "o_skip"}  # multiples of 16, as of most layers
 _INPUTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
@@ -34,62 +37,56 @@ _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 def variants() -> dict[str, dict[str, Any]]:
     """Name of each kernel that is kept in the table, and what it is compiled for."""
     found: dict[str, dict[str, Any]] = {}
+
+    def product(arch: int, family: str, batch: int, dtype: str, **also: bool) -> None:
+        for transposed in (False, True):
+            said = "".join(f" {word}" for word in also)
+            way = "transposed" if transposed else "forward"
+            found[f"sm_{arch} {family} {way} {batch} {dtype}{said}"] = {
+                **{"arch": arch, "family": family, "transposed": transposed, "batch": batch, "dtype": dtype},
+                **also,
+            }
+
     for arch in (80, 90):
         for family in stream.DENSE_FAMILIES:
-            for transposed in (False, True):
-                for batch in (16, 32, 64):
-                    for dtype in (
-                        ("bfloat16", "float32") if batch == 16 or family == "uniform" else ("bfloat16",)
-                    ):
-                        way = "transposed" if transposed else "forward"
-                        found[f"sm_{arch} {family} {way} {batch} {dtype}"] = {
-                            "arch": arch,
-                            "family": family,
-                            "transposed": transposed,
-                            "batch": batch,
-                            "dtype": dtype,
-                        }
-        for dtype, batch in (("bfloat16", 16), ("float16", 64), ("float32", 16)):
-            for transposed in (False, True):
-                way = "transposed" if transposed else "forward"
-                found[f"sm_{arch} uniform {way} {batch} {dtype} banks"] = {
-                    "arch": arch,
-                    "family": "uniform",
-                    "transposed": transposed,
-                    "batch": batch,
-                    "dtype": dtype,
-                    "banks": True,
-                }
-        found[f"sm_{arch} finish"] = {"arch": arch}
+            for batch, dtypes in (*_PRODUCTS.items(), *(_UNIFORM.items() if family == "uniform" else ())):
+                for dtype in dtypes:
+                    product(arch, family, batch, dtype)
+        product(arch, "uniform", 16, "bfloat16", gained=True, banks=True)
+        product(arch, "uniform", 128, "float32", tf32=True)
         for name, build in _OTHERS.items():
             found[f"sm_{arch} {name}"] = {"arch": arch, "build": build}
     return found
 
 
-def measure(variant: dict[str, Any]) -> dict[str, float]:
-    """Registers, spilled and shared bytes, and instructions per weight of a variant."""
+def measure(variant: dict[str, Any]) -> dict[str, float | str]:
+    """The row of a variant in the table."""
     weights = None
     if "build" in variant:
         kernel, given, pointers, warps = variant["build"]
         compiled = _compile(kernel, given, pointers, variant["arch"], warps)
-    elif "family" not in variant:
-        compiled = _compile_finish(variant["arch"])
     else:
         compiled, weights = _compile_product(**variant)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = run_tool("cuobjdump", "-res-usage", file.name)
-        code = run_tool("nvdisasm", "-c", file.name)
+        code = "" if weights is None else run_tool("nvdisasm", "-c", file.name)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
-    row: dict[str, float] = {
+    row: dict[str, float | str] = {
         "registers": int(match[1]),
         "spilled_bytes": int(match[2]),  # the stack: nothing else of these kernels lives there
         "shared_bytes": compiled.metadata.shared,
     }
     if weights is not None:
-        row["instructions_per_weight"] = round(_longest_loop(code) / weights, 2)
+        loop = max(loops(code), key=len)
+        operations = [re.sub(r"^@!?U?P\w+ +", "", instruction).split()[0] for instruction in loop]
+        multiplying = {operation.partition(".")[0] for operation in operations if "MMA." in operation}
+        row["instructions_per_weight"] = round(len(loop) / weights, 2)
+        row["multiplied_by"] = " ".join(sorted(multiplying))
+        row["copies_of_16_bytes"] = sum(re.match(r"LDGSTS.*\.128", name) is not None for name in operations)
+        row["stores_to_shared"] = sum(name.startswith("STS") for name in operations)
     return row
 
 
@@ -114,10 +111,6 @@ def loops(code: str) -> list[list[str]]:
     return found
 
 
-def _longest_loop(code: str) -> int:
-    return max(map(len, loops(code)), default=0)
-
-
 def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int, stages: int = 2):
     """Compile for int32 sizes; ``given`` are constants, pointers that are not given are None."""
     signature, constants = {}, {}
@@ -131,7 +124,7 @@ def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int,
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or (name in _ALIGNED and signature[name] != "constexpr")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
@@ -144,34 +137,57 @@ def _compile_product(
     transposed: bool,
     batch: int,
     dtype: str,
+    gained: bool = False,
     banks: bool = False,
+    tf32: bool = False,
     tile: configs.Tile | None = None,
 ):
     tag = stream.DENSE_FAMILIES[family].tag
-    tile, step = tile or configs.tile_of(tag, transposed, batch, banks), configs.REDUCTION[tag][transposed]
-    split = dtype == "float32" or banks
-    operand = "bfloat16" if split else dtype
-    partial = batch <= 16 and not banks  # small batches are split, large ones modulate in the kernel
+    split = (2 if tf32 else 3) if dtype == "float32" else 3 if gained else 1
+    parts = split if split > 1 or batch > configs.DIRECT_ROWS else 0
+    tile, step = tile or configs.tile_of(tag, transposed, batch, split), configs.REDUCTION[tag][transposed]
+    operand = "bfloat16" if split > 1 else dtype
+    partial = batch <= configs.BANK_ROWS and not banks  # these are split, others modulate in the kernel
     given = {
-        **dict.fromkeys(("IN_BANK", "OUT_BANK", "BIAS_BANK"), banks),
-        **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "SPLIT_X": split},
+        **dict.fromkeys(("OUT_BANK", "BIAS_BANK"), banks),
+        **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "PARTS": parts},
         **{"DTYPE": _TYPES[operand], "FIELDS": tile.fields, "BO": tile.outputs, "BR": step},
-        **{"BM": tile.batch, "WARPS": tile.warps},
+        **{"BM": tile.batch, "WARPS": tile.warps, "PIECES": 2 if arch < 90 and tile.batch >= 64 else 1},
     }
-    pointers = {"x": _INPUTS[dtype], "y": "*fp32" if partial else _INPUTS[dtype], "table": _INPUTS[operand]}
+    pointers = {
+        "x": _INPUTS[operand if parts else dtype],
+        "y": "*fp32" if partial else _INPUTS[dtype],
+        "table": _INPUTS[operand],
+    }
     if not partial:
         pointers |= {"out_gain": "*fp32", "bias": "*fp32"}
     if banks:
-        pointers |= {"in_gain": "*fp32", "out_gain": "*fp32", "bias": "*fp32", "context": "*i64"}
+        pointers |= {"context": "*i64"}
     compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, tile.stages)
     return compiled, tile.outputs * step / (32 * tile.warps)
 
 
-def _compile_finish(arch: int):
-    given = {"OUT_BANK": True, "BIAS_BANK": True, "BANK": "context", "BM": 16, "BN": 64}
-    pointers = dict.fromkeys(("partial", "out_gain", "bias", "gain_grad"), "*fp32")
-    pointers |= {"y": "*bf16", "other": "*bf16", "context": "*i64"}
-    return _compile(dense.finish_kernel, given, pointers, arch, 4)
+def _prepare(dtype: str, parts: int, bank: bool = False):
+    tag = stream.UNIFORM.tag
+    given = {"stride_xr": 1, "stride_if": 1, "IN_BANK": bank, "TAG": tag, "TRANSPOSED": False, "PARTS": parts}
+    operand = "bfloat16" if parts > 1 else dtype
+    step = configs.REDUCTION[tag][False]
+    given |= {"DTYPE": _TYPES[operand], "BR": step, "BM": launch.PREPARED // step}
+    pointers = {"x": _INPUTS[dtype], "out": _INPUTS[operand]}
+    return (
+        dense.prepare_kernel,
+        given,
+        pointers | ({"in_gain": "*fp32", "context": "*i64"} if bank else {}),
+        4,
+    )
+
+
+def _finish(grad: bool):
+    given = {"OUT_BANK": True, "BIAS_BANK": True, "BM": launch.FINISH_ROWS, "BN": launch.FINISH_COLS}
+    pointers = {"partial": "*fp32", "y": "*bf16", "out_gain": "*fp32", "bias": "*fp32", "context": "*i64"}
+    if grad:
+        pointers |= {"other": "*bf16", "sums": "*fp32", "order": "*i64", "starts": "*i64"}
+    return dense.finish_kernel, given, pointers, 4
 
 
 def _draw(lanes: int, counted: bool = False, held: bool = True):
@@ -218,9 +234,17 @@ def _flynet(family: str, dtype: str, classes: int, rows: int, bank: bool = False
     }
 
 
+# Batches and dtypes that products of every family are compiled for, and those of uniform alone.
+_PRODUCTS = {16: ("bfloat16", "float32"), 64: ("bfloat16",), 128: ("bfloat16", "float32")}
+_UNIFORM = {32: ("bfloat16",), 128: ("float16",)}
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Kernel, constants and pointers of the kernels that do not follow from a dense product.
 _OTHERS = {
+    "prepare bfloat16": _prepare("bfloat16", 1),
+    "prepare bfloat16 bank": _prepare("bfloat16", 3, bank=True),
+    "prepare float32": _prepare("float32", 3),
+    "finish": _finish(grad=False),
+    "finish gain_grad": _finish(grad=True),
     "draw 8": _draw(8),
     "draw 8 counted": _draw(8, counted=True),
     "draw 2048": _draw(sparse.HELD),
@@ -249,7 +273,7 @@ def run(out: Path) -> None:
     )
 
 
-def write_table(out: Path, compiler: dict[str, str], rows: dict[str, dict[str, float]]) -> None:
+def write_table(out: Path, compiler: dict[str, str], rows: dict[str, Any]) -> None:
     """A line for the compiler's version, then one a kernel."""
     lines = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in {**compiler, **rows}.items()]
     out.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -12,6 +12,12 @@
 namespace nmkern::cuda {
 namespace {
 
+// Registers of a thread at the start, which is what ptxas gives 384 threads, and in each role. More than a
+// block starts with there never are: a warpgroup would wait for them for ever.
+constexpr int kStartRegisters = 65536 / kWideThreads / 8 * 8;
+constexpr int kProducerRegisters = 120, kConsumerRegisters = 192;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kStartRegisters);
+
 // Hopper's machine. Barriers lie at the start of shared memory: filled and free of each stage.
 struct Hopper : Warp {
   uint32_t barriers;
@@ -67,9 +73,12 @@ struct Hopper : Warp {
     if (lane() == 0) arrive(free(stage));
   }
 
-  // 384 threads of 168 registers are 512 for each of 128: what the roles take must be no more.
-  NMKERN_DEVICE void produces() const { asm volatile("setmaxnreg.dec.sync.aligned.u32 112;"); }
-  NMKERN_DEVICE void consumes() const { asm volatile("setmaxnreg.inc.sync.aligned.u32 200;"); }
+  NMKERN_DEVICE void produces() const {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+  }
+  NMKERN_DEVICE void consumes() const {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+  }
 
   NMKERN_DEVICE void begin_group() const { cuda::begin_group(); }
   NMKERN_DEVICE void end_group() const { cuda::end_group(); }

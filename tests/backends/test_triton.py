@@ -8,12 +8,13 @@ import os
 
 import pytest
 import torch
-from formula import T, exact_matrix, generator, integers, stored_weights
+from formula import T, exact_matrix, generator, integers, normals, stored_weights
 
 pytest.importorskip("triton")
 
+from nmkern import RandomMatrix
 from nmkern.backends import primitives, triton
-from nmkern.backends.triton import configs, launch
+from nmkern.backends.triton import configs, flynet, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
@@ -60,7 +61,7 @@ def test_a_batch_in_parts(monkeypatch, kind):
     bank, out = integers((contexts, 33), 2, g), integers((contexts, 9), 2, g)
     monkeypatch.setattr(launch, "SCRATCH", 4 * 9 * 128)
     launch._plan.cache_clear()
-    assert len(launch.parts(300, 9)) == 3
+    assert len(launch.parts(300, 36)) == 3
     device = [v if v is None else v.to(DEVICE) for v in (x, other, context, bank, out)]
     product, grad = gain_grad(device[0], device[1], matrix, contexts, *device[2:])
     launch._plan.cache_clear()
@@ -69,6 +70,153 @@ def test_a_batch_in_parts(monkeypatch, kind):
     assert torch.equal(product.double().cpu(), z * out[row])
     want = torch.zeros(contexts, 9, dtype=torch.float64).index_add_(0, row, other * z)
     assert torch.equal(grad.double().cpu(), want)
+
+
+@pytest.fixture
+def operands(monkeypatch):
+    """A function that sets in how many parts x is multiplied, of float32 in the interpreter."""
+
+    def set_parts(parts):
+        dtype = torch.float32 if INTERPRETED else torch.bfloat16
+        monkeypatch.setattr(launch, "operand_of", lambda *_: (dtype, parts))
+        launch._plan.cache_clear()
+
+    yield set_parts
+    launch._plan.cache_clear()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("family", ["uniform", "rademacher"])
+def test_x_is_prepared_whole_in_another_order(operands, family, transposed, parts):
+    """Each step of the reduction holds its columns of x once, and zeros; parts are a value's leading bits."""
+    operands(parts)
+    g = generator(parts)
+    matrix = exact_matrix(family, *((150, 9) if transposed else (9, 150)))
+    matrix = matrix[5:].T if transposed else matrix[:, 5:]
+    x, bank = normals((70, 145), g).to(DEVICE), normals((T, 145), g).to(DEVICE)
+    context = torch.randint(T, (70,), generator=g).to(DEVICE)
+    plan = launch._plan(primitives.dense_args(matrix)[:-1], 70, x.dtype, True, False, False)
+    assert plan.parts == parts
+    found = launch._prepare(x, bank, context, plan).cpu().double()  # [steps, parts, rows, step]
+    step = found.shape[-1]
+    want = torch.zeros(70, found.shape[0] * step)
+    skip = 5 % (4 if transposed else {"uniform": 8, "rademacher": 32}[family])
+    want[:, skip : skip + 145] = (x * bank[context]).cpu()
+    if parts > 1:
+        assert torch.equal(found, found.bfloat16().double())
+    total = found.sum(1).sort(-1).values
+    want = want.double().view(70, -1, step).transpose(0, 1).sort(-1).values
+    assert ((total - want).abs() <= (2.0**-15 if parts == 2 else 0) * want.abs()).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("family", "dtype", "parts", "pieces"),
+    [
+        ("uniform", torch.bfloat16, 1, 1),
+        ("uniform", torch.float32, 3, 2),
+        ("uniform", torch.float16, 2, 2),
+        ("rademacher", torch.float16, 1, 2),
+        ("normal", torch.float32, 1, 2),
+        ("normal", torch.bfloat16, 3, 1),
+    ],
+)
+def test_large_batches(monkeypatch, operands, family, dtype, parts, transposed, pieces):
+    """Ragged sizes at an offset, gains and bias by context or for all: results and gradients are exact."""
+    if INTERPRETED:
+        operands(parts)
+        monkeypatch.setattr(launch, "pieces", lambda *_: pieces)
+    g = generator(7)
+    matrix = exact_matrix(family, *((75, 140) if transposed else (140, 75)), -8)
+    matrix = matrix[3:, 2:].T if transposed else matrix[2:, 3:]
+    rows, (outputs, columns) = 131, matrix.shape
+    banks = T if parts == 1 else 1
+    x, other = integers((rows, columns), 1, g, dtype), integers((rows, outputs), 1, g, dtype)
+    gain, out, bias = (integers((banks, size), 1, g) for size in (columns, outputs, outputs))
+    context = torch.randint(T, (rows,), generator=g) if banks > 1 else None
+    row = torch.zeros(rows, dtype=torch.long) if context is None else context
+    device = [v if v is None else v.to(DEVICE) for v in (x, other, gain, out, bias, context)]
+    z = (x.double() * gain[row]) @ stored_weights(matrix).T
+    y = matmul(device[0], matrix, *device[2:])
+    assert torch.equal(y.cpu(), (z * out[row] + bias[row]).to(dtype))
+    product, grad = gain_grad(device[0], device[1], matrix, banks, device[5], device[2], device[3])
+    assert torch.equal(product.cpu(), (z * out[row]).to(dtype))
+    want = torch.zeros(banks, outputs, dtype=torch.float64).index_add_(0, row, other * z)
+    assert torch.equal(grad.double().cpu(), want)
+
+
+@pytest.mark.parametrize("gained", [False, True])
+def test_a_batch_whose_prepared_x_does_not_fit_the_scratch(monkeypatch, gained):
+    """Parts of 128 rows, the last of them few enough to be read as they are if nothing is gained."""
+    g = generator(8)
+    matrix = exact_matrix("uniform", 9, 70)
+    x, bank, bias = integers((264, 70), 1, g), integers((264, 70), 1, g), integers((264, 9), 1, g)
+    whole = [v.to(DEVICE) for v in (x, bank, bias)]
+    prepared = []
+    prepare = launch._prepare
+    monkeypatch.setattr(launch, "SCRATCH", 1)
+    monkeypatch.setattr(launch, "_prepare", lambda x, *rest: prepared.append(x.shape[0]) or prepare(x, *rest))
+    launch._plan.cache_clear()
+    y = matmul(whole[0], matrix, whole[1] if gained else None, None, whole[2])
+    launch._plan.cache_clear()
+    assert prepared == [128, 128, *([8] if gained or not INTERPRETED else [])]
+    want = (x.double() * (bank if gained else 1)) @ stored_weights(matrix).T + bias
+    assert torch.equal(y.double().cpu(), want)
+
+
+@pytest.mark.parametrize("programs", [1, 264])
+def test_the_gradient_of_a_bank_is_summed_in_slices(monkeypatch, programs):
+    """Contexts of many rows and of none; one program for each, or several."""
+    g = generator(9)
+    matrix = exact_matrix("uniform", 70, 12)
+    x, other = integers((200, 12), 2, g).to(DEVICE), integers((200, 70), 2, g).to(DEVICE)
+    context = torch.tensor([5, 0, 5, 2])[torch.randint(4, (200,), generator=g)].to(DEVICE)
+    monkeypatch.setattr(launch, "_PROGRAMS", programs)
+    slices = []
+    sums = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self, *dim: slices.append(self.shape) or sums(self, *dim))
+    launch._plan.cache_clear()
+    grad = gain_grad(x, other, matrix, 7, context)[1]
+    launch._plan.cache_clear()
+    assert slices == ([] if programs == 1 else [(7, 3, 70)])
+    z = x.double().cpu() @ stored_weights(matrix).T
+    want = torch.zeros(7, 70, dtype=torch.float64).index_add_(0, context.cpu(), other.cpu() * z)
+    assert torch.equal(grad.double().cpu(), want)
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    """PyTorch's setting for float32 products on CUDA."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = request.param
+    yield request.param
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_torchs_setting_for_float32_products_is_honoured(monkeypatch, precision):
+    """By dense products and by both ways of FlyNet's decoder, and by nothing but float32."""
+    parts = 2 if precision == "tf32" else 3
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    cases = ((torch.float32, False, parts), (torch.bfloat16, True, 3), (torch.float16, False, 1))
+    for dtype, gained, want in cases:
+        assert launch.operand_of(dtype, gained, launch.may_use_tf32(dtype))[1] == want
+    flynet.plan_of.cache_clear()
+    for gained in (False, True):
+        plan = flynet.plan_of((0x102, 0, 0, 0, 10), 64, 8, torch.float32, gained, precision == "tf32")
+        assert plan.constants["PARTS"] == parts
+    flynet.plan_of.cache_clear()
+    seen = []
+    monkeypatch.setattr(flynet, "plan_of", lambda *args: seen.append(args[-1]) or 1 / 0)
+    encoder = RandomMatrix(64, 9, seed=1, family="sparse", fan_in=2)
+    args = primitives.flynet_args(encoder, exact_matrix("uniform", 3, 64))
+    for dtype in (torch.float32, torch.bfloat16):
+        x, d_logits = torch.ones(2, 9, dtype=dtype), torch.ones(2, 3, dtype=dtype)
+        with pytest.raises(ZeroDivisionError):
+            flynet.flynet_logits(x, torch.ones(1, 64), None, *args)
+        with pytest.raises(ZeroDivisionError):
+            flynet.flynet_gain_grad(x, d_logits, None, 1, *args)
+    assert seen == [precision == "tf32"] * 2 + [False] * 2
 
 
 def test_an_empty_batch():
@@ -108,8 +256,8 @@ def test_a_plan_does_not_depend_on_values():
 def test_tiles_hold_whole_patches(tag, transposed):
     """What the index arithmetic of the kernel asks of a tile, for every batch."""
     for batch in (1, 16, 17, 33, 64, 65, 10**6):
-        for banks in (False, True):
-            tile = configs.tile_of(tag, transposed, batch, banks)
+        for parts in (1, 2, 3):
+            tile = configs.tile_of(tag, transposed, batch, parts)
             held = tile.fields if transposed else 4
             assert tile.outputs % (8 * tile.warps * held) == 0
             assert tile.fields <= (8 if tag < 0x103 else 4)

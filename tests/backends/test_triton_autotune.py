@@ -4,6 +4,7 @@ Timings are numbers that the tests make up; everything else runs, under Triton's
 """
 
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -86,13 +87,20 @@ def test_candidates_give_the_same_bits(served_by, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
 def test_candidates_of_larger_batches_give_the_same_bits(served_by, tag, transposed):
-    """Every other one: the interpreter takes some ten seconds for each. On a GPU, all of them (below)."""
-    check_candidates(served_by, tag, transposed, 33, 140, 290, torch.float32, stride=2)
+    """Every third: the interpreter takes seconds for each. On a GPU, all of them (below)."""
+    check_candidates(served_by, tag, transposed, 33, 140, 290, torch.float32, stride=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
+def test_candidates_of_large_batches_give_the_same_bits(served_by, transposed):
+    """Tiles of 64 and of 128 rows."""
+    check_candidates(served_by, 0x102, transposed, 130, 140, 200, torch.float32, stride=3)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
-@pytest.mark.parametrize("rows", [5, 20, 70])
+@pytest.mark.parametrize("rows", [5, 20, 70, 200])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
 def test_all_candidates_give_the_same_bits_compiled(served_by, tag, transposed, rows):
@@ -101,16 +109,18 @@ def test_all_candidates_give_the_same_bits_compiled(served_by, tag, transposed, 
 
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_the_split_does_not_depend_on_the_tile(tag, transposed):
+def test_the_split_does_not_depend_on_the_tile(monkeypatch, tag, transposed):
     for rows, outputs, reduction in ((1, 8192, 8192), (16, 300, 8192), (33, 512, 16384), (200, 784, 100)):
         matrix = (tag, 1, 5, 7, *((reduction, outputs) if transposed else (outputs, reduction)), transposed)
-        for banks in (False, True):
-            request = (matrix, rows, torch.bfloat16, False, banks, False)
-            plans = [
-                launch._plan(*request, tile) for tile in configs.candidates(tag, transposed, rows, banks)
-            ]
+        for parts, gained in product((1, 3), (False, True)):
+            monkeypatch.setattr(launch, "operand_of", lambda *_, parts=parts: (torch.bfloat16, parts))
+            launch._plan.cache_clear()
+            request = (matrix, rows, torch.bfloat16, gained, False, False)
+            tiles = configs.candidates(tag, transposed, rows, parts)
+            plans = [launch._plan(*request, tile) for tile in tiles]
             assert launch._plan(*request).tile == plans[0].tile
             assert len({(plan.splits, plan.numbers[8], plan.constants["BR"]) for plan in plans}) == 1
+    launch._plan.cache_clear()
 
 
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
@@ -118,8 +128,8 @@ def test_the_split_does_not_depend_on_the_tile(tag, transposed):
 def test_candidates_hold_whole_patches(tag, transposed):
     """What the index arithmetic of the kernel asks of a tile."""
     for batch in (1, 17, 10**6):
-        for banks in (False, True):
-            for tile in configs.candidates(tag, transposed, batch, banks):
+        for parts in (1, 2, 3):
+            for tile in configs.candidates(tag, transposed, batch, parts):
                 assert tile.outputs % (8 * tile.warps * (tile.fields if transposed else 4)) == 0
                 assert tile.fields <= (8 if tag < 0x103 else 4)
 

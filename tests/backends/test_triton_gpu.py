@@ -80,7 +80,7 @@ def test_integers_give_exact_results_and_gradients(dense_backend, family, dtype,
 def test_float32_error_at_k_8192(dense_backend, family, transposed):
     matrix = RandomMatrix(*((8192, 96) if transposed else (96, 8192)), seed=4, family=family)
     matrix = matrix.T if transposed else matrix
-    for rows in (1, 33, 200):
+    for rows in (1, 33, 200):  # of each kind of tile
         x = normals((rows, 8192), generator(rows))
         want = x.double() @ stored_weights(matrix).T
         y = modulated_linear(x.cuda(), matrix).double().cpu()
@@ -97,6 +97,26 @@ def test_a_call_can_be_captured_in_a_cuda_graph(dense_backend, rows):
         y = modulated_linear(x, matrix)
     graph.replay()
     assert torch.equal(y, want)
+
+
+def test_gradients_of_a_bank_repeat_their_bits_and_can_be_captured(dense_backend):
+    matrix = RandomMatrix(300, 700, seed=1)
+    g = generator(1)
+    x, dy = normals((400, 700), g, torch.bfloat16).cuda(), normals((400, 300), g, torch.bfloat16).cuda()
+    banks = [normals((T, size), g).cuda().requires_grad_() for size in (700, 300)]
+    context = torch.randint(T, (400,), generator=g).cuda()
+
+    def call():
+        y = modulated_linear(x, matrix, in_gain=banks[0], out_gain=banks[1], context=context)
+        return y.detach(), *torch.autograd.grad(y, banks, dy)
+
+    first = call()
+    assert all(torch.equal(a, b) for a, b in zip(call(), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
 
 
 def test_repeats_give_the_same_bits(dense_backend):

@@ -206,6 +206,25 @@ def test_gpu_tests_that_take_too_long_are_ended(tmp_path):
     assert found == "they took more than 2 s"
 
 
+@pytest.mark.parametrize("refused", [None, "1 were skipped"])
+def test_the_sanitizer_runs_its_own_tests_and_nothing_else(tmp_path, monkeypatch, capsys, refused):
+    asked = []
+    monkeypatch.setattr(gpu, "require_device", lambda: None)
+    monkeypatch.setattr(gpu, "tests_refused", lambda *args: asked.append(args) or refused)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "gpu", "--sanitize", "--out", str(tmp_path), "--minutes", "3"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == (refused is not None)
+    assert asked == [(tmp_path, 180, ("-m", "sanitizer", "tests"))]
+    assert (refused or "nothing was found") in capsys.readouterr().out
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="expected nvcc and compute-sanitizer on PATH"):
+        gpu.sanitize(tmp_path, 3)
+
+
 class Recorded:
     """Stands for torch.cuda: events tell the number of device operations before them."""
 

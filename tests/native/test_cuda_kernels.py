@@ -50,22 +50,45 @@ def test_blocks_of_flynet_compute_it(tmp_path):
     assert run_program(tmp_path, "flynet_block") == (0, "13 cases\n")
 
 
-@pytest.mark.gpu
-@pytest.mark.nvcc
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize(("kernels", "cases"), [("dense", 205), ("sparse", 40), ("flynet", 13)])
-def test_a_gpu_computes_the_same_cases(tmp_path, kernels, cases):
-    program = tmp_path / f"{kernels}_device"
+CASES = {"dense": 205, "sparse": 40, "flynet": 13}
+needs_gpu = (
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
+)
+
+
+def build_for_gpu(folder, kernels):
+    """The program that runs the cases on this GPU, and what it prints."""
+    program = folder / f"{kernels}_device"
     major, minor = torch.cuda.get_device_capability()
     hopper = (major, minor) == (9, 0)
     arch = "90a" if hopper else f"{major}{minor}"
     target = f"arch=compute_{arch},code=sm_{arch}"
     names = ("skinny", "wide", "finish", "device") if kernels == "dense" else (kernels,)
     sources = [HERE.parents[1] / f"csrc/cuda/{name}.cu" for name in names]
-    flags = ["-std=c++20", "-O3", "-fmad=false", "-cudart", "static", "-gencode", target]
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo", "-cudart", "static", "-gencode", target]
     flags += [f'-DNMKERN_CUDA_ARCHS="{arch}"', *(["-DNMKERN_WIDE"] if hopper else [])]
     subprocess.run(["nvcc", *flags, *sources, HERE / f"{kernels}_device.cpp", "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
     twice = 1 + (hopper and kernels == "dense")  # by each of the two kernels
-    assert (done.returncode, done.stdout) == (0, f"{twice * cases} cases\n")
+    return program, f"{twice * CASES[kernels]} cases\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.nvcc
+@pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
+def test_a_gpu_computes_the_same_cases(tmp_path, kernels):
+    program, printed = build_for_gpu(tmp_path, kernels)
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, printed)
+
+
+@pytest.mark.slow
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
+def test_the_sanitizer_finds_nothing(tmp_path, kernels, tool):
+    program, printed = build_for_gpu(tmp_path, kernels)
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and printed in done.stdout, done.stdout[-4000:]

@@ -137,7 +137,12 @@ def test_torch_func_on_integers_is_exact(backend_once, transform):
 def test_a_tangent_is_refused_and_not_lost(name):
     """Forward mode has no rule; without a gradient to record, the operator would drop the tangent."""
     matrix = RandomMatrix(3, 4, seed=1)
-    values = {"x": torch.ones(2, 4), "in_gain": torch.ones(4), "bias": torch.ones(3), "strength": torch.ones(())}
+    values = {
+        "x": torch.ones(2, 4),
+        "in_gain": torch.ones(4),
+        "bias": torch.ones(3),
+        "strength": torch.ones(()),
+    }
 
     def layer(value):
         return modulated_linear(**{**values, name: value}, matrix=matrix)

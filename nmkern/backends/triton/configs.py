@@ -17,38 +17,49 @@ class Tile:
 
     outputs: int
     batch: int
-    warps: int
+    warps: int = 4
     fields: int = 4
-    stages: int = 2
+    stages: int = 3
 
 
-# Reduction indices of a step: four words of each row, or (transposed) eight patches. More, and the weights
-# of a step no longer stay in registers.
+# Reduction indices of a step: four words of each row (normal: eight), or (transposed) eight patches. More,
+# and the weights of a step no longer stay in registers.
 REDUCTION = {
     0x101: {False: 128, True: 32},
     0x102: {False: 32, True: 32},
-    0x103: {False: 16, True: 32},
+    0x103: {False: 32, True: 32},
 }
 
-# By the size of the batch, up to and with. The accumulators take outputs * batch / (32 * warps) registers:
-# 32, 32 and 64; at 128 (a batch of 128) variants spilled on sm_80 and sm_90 alike. A program takes the
-# most outputs it can, since each tile loads x again.
-_SMALL, _MIDDLE = Tile(outputs=256, batch=16, warps=4), Tile(outputs=256, batch=32, warps=8)
-_LARGE = Tile(outputs=256, batch=64, warps=8)
+# By the size of the batch, up to and with. The accumulators take outputs * batch / (32 * warps) registers of
+# 255: 32, 64, and 128 in the last two, so that two programs fit a multiprocessor and one hashes while the
+# other multiplies. The loop takes 4.7, 4.6, 4.7 and 5.8 instructions a weight (sm_90, uniform, forward), so
+# the next tile pays from the first row on that would need two of the one before. At 128 rows a weight keeps
+# the tensor cores busy for 1/16 of a clock, and issuing those 5.8 instructions takes 1/22.
+_SMALL, _MIDDLE = Tile(outputs=256, batch=16), Tile(outputs=256, batch=32)
+_LARGE, _HUGE = Tile(outputs=256, batch=64), Tile(outputs=128, batch=128)
+
+# Up to so many rows x is read as it is, unless it has to be multiplied or split first: preparing it saves no
+# instruction there, and is a launch.
+DIRECT_ROWS = _SMALL.batch
+# Beyond so many rows, a bank's values for a tile spilled 24 to 336 bytes: finish_kernel reads them.
+BANK_ROWS = _SMALL.batch
 
 
-def tile_of(tag: int, transposed: bool, batch: int, banks: bool = False) -> Tile:
-    """The tile for a batch of that many rows; ``banks``: whether out_gain or bias have several rows."""
-    rademacher, uniform, _ = REDUCTION
-    if batch <= _SMALL.batch:
-        if transposed:  # all fields of a word, or 8 of 32, so that each is hashed once
-            return replace(_SMALL, fields=8) if tag in (rademacher, uniform) else _SMALL
-        # Four words of 32 columns are many weights for a thread: 4 warps spilled 200 bytes on sm_80.
-        return replace(_SMALL, warps=8) if tag == rademacher else _SMALL
-    # So do the addresses of banks, element by element (900 bytes on sm_90), and rademacher's weights.
-    if batch <= _MIDDLE.batch or banks or (tag == rademacher and not transposed):
-        return _MIDDLE
-    return _LARGE
+def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
+    """The tile for a batch of that many rows, whose values are multiplied in so many parts."""
+    rademacher, _, normal = REDUCTION
+    # Signs of four words of 32 columns are 128 weights a thread in a tile of 128 outputs: spilled 96 bytes.
+    words = tag == rademacher and not transposed
+    if batch > _LARGE.batch and parts == 1 and not words:
+        return _HUGE  # with several parts, it spilled up to 4,712 bytes on sm_80
+    tile = next((t for t in (_SMALL, _MIDDLE) if batch <= t.batch), _LARGE)
+    if transposed and tag != normal:  # all fields of a word, or 8 of 32, so that each is hashed once
+        tile = replace(tile, fields=8)
+    if tile.batch == _LARGE.batch and words:
+        tile = replace(tile, warps=8)
+    if tile.batch == _LARGE.batch and tag == normal and transposed and parts > 1:
+        tile = replace(tile, outputs=128)  # with 256, it spilled 8 bytes on sm_80
+    return tile
 
 
 def blocks(outputs: int, batch: int) -> int:
@@ -56,24 +67,23 @@ def blocks(outputs: int, batch: int) -> int:
 
     Counted in 256 outputs by the batch's own regime, never in the tile that serves: a tile of half the
     outputs launches twice the programs, and leaves the split, and with it every bit of the result, alone.
+    (128 outputs by 128 rows are as much.)
     """
     rows = next((t.batch for t in (_SMALL, _MIDDLE) if batch <= t.batch), _LARGE.batch)
     return -(-outputs // 256) * -(-batch // rows)
 
 
-# Outputs and warps of tiles to choose from. Accumulators of up to 64 registers: with more, variants
-# spilled. Of these none does on sm_90 (bfloat16, no banks; 56 to 255 registers a thread), four by 8 to 128
-# bytes on sm_80; timing passes them over.
-_SHAPES = ((128, 4), (256, 4), (256, 8), (512, 8))
-_MOST_SUMS = 64
+# Outputs and warps of tiles to choose from, and the most accumulators a thread.
+_SHAPES = ((128, 4), (256, 4), (256, 8))
+_MOST_SUMS = 128
 
 
-def candidates(tag: int, transposed: bool, batch: int, banks: bool = False) -> tuple[Tile, ...]:
+def candidates(tag: int, transposed: bool, batch: int, parts: int = 1) -> tuple[Tile, ...]:
     """Tiles to choose from by timing; the first is the frozen table's. All of them give the same bits."""
-    frozen = tile_of(tag, transposed, batch, banks)
-    rows = sorted({min(frozen.batch, _MIDDLE.batch), frozen.batch})
+    frozen = tile_of(tag, transposed, batch, parts)
+    rows = sorted({max(frozen.batch // 2, _SMALL.batch), frozen.batch})
     fields = (4, 8) if transposed and tag != max(REDUCTION) else (4,)  # a word of normal has four
-    found = [frozen, replace(frozen, stages=3), replace(frozen, stages=4)]
+    found = [frozen, replace(frozen, stages=2), replace(frozen, stages=4)]
     for (outputs, warps), m, f in itertools.product(_SHAPES, rows, fields):
         whole = outputs % (8 * warps * (f if transposed else 4)) == 0
         if whole and outputs * m <= _MOST_SUMS * 32 * warps:

@@ -1,6 +1,7 @@
-"""The dense kernels: x times generated weights, and the stage that finishes split sums.
+"""The dense kernels: x made ready, x times generated weights, and the stage that finishes split sums.
 
-    partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]
+    prepared[step, part, m, i] = part of (x[m, k] * in_gain[c, k]), for the k that place i of the step holds
+    partial[s, m, n] = sum over the k of split s: prepared value * code[n, k]
     y[m, n] = (factor * sum over s: partial[s, m, n]) * out_gain[c, n] + bias[c, n]
 
 A program computes a tile of y's transpose, W tile [BO, BR] times x tile [BR, BM], so that weights are the
@@ -9,13 +10,15 @@ What makes Triton do so is where indices go:
 
 - Rows of the tile that one thread holds (bit 3, and the bits above the warps') are rows of one patch, or
   fields of one word (transposed); neighbouring reduction indices are the two halves of a word. So a
-  thread uses every bit of what it hashes. x is read, and y written, in the same permuted order.
+  thread uses every bit of what it hashes. x is prepared in that order, in memory that a step reads 16 bytes
+  at a time, ahead of its use; a few rows that need no preparation are gathered instead. The tile of y is put
+  back in order in registers, where a thread holds neighbours.
 - The tile starts from the result of a small tensor-core product (``_anchor``), whose layout the whole
   hash then takes: without, Triton hashes in another layout and moves every weight through shared memory
   (15 instead of 3.6 instructions a weight on sm_90).
 
-The invariant: what is summed in which order depends on shapes and on the split, not on BM, BO or warps;
-and no float is added atomically.
+The invariant: what is summed in which order depends on shapes and on the split, not on BM, BO, PIECES or
+warps, nor on whether x was prepared; and no float is added atomically.
 """
 
 import triton
@@ -27,7 +30,9 @@ from nmkern.backends.triton.stream import columns_per_word, decode, decode_rows,
 @triton.jit
 def _anchor(BO: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr):
     """Zeros (uint32) in the layout of a tensor-core result, though Triton's optimiser cannot know them."""
-    one = tl.dot(tl.full([BO, 16], 1.0, DTYPE), tl.full([16, BR], 1.0, DTYPE), input_precision="tf32")
+    a, b = tl.full([BO, 16], 1.0, DTYPE), tl.full([16, BR], 1.0, DTYPE)
+    # One after the other: only of chained products does every warp own whole rows on Ampere, as in the loop.
+    one = tl.dot(a, b, tl.dot(a, b))
     # LLVM folds this away, with all that depends on the value;
     # Triton's own passes, which choose layouts, do not.
     return (one.to(tl.uint32, bitcast=True) & 1) >> 1
@@ -40,6 +45,28 @@ def _held(j, WARPS: tl.constexpr, COUNT: tl.constexpr):
     held = (j >> 3) % 2 + 2 * ((j // BELOW) % (COUNT // 2))
     other = j % 8 + 8 * ((j >> 4) % WARPS) + 8 * WARPS * (j // (BELOW * (COUNT // 2)))
     return held, other
+
+
+@triton.jit
+def _in_order(acc, WARPS: tl.constexpr, COUNT: tl.constexpr):
+    """A tile [BO, BP] as [BP, BO], row COUNT * other + held where ``_held`` splits it into these."""
+    BO: tl.constexpr = acc.shape[0]
+    BP: tl.constexpr = acc.shape[1]
+    ABOVE: tl.constexpr = BO // (8 * WARPS * COUNT)
+    acc = tl.reshape(acc, [ABOVE, COUNT // 2, WARPS, 2, 8, BP])
+    return tl.reshape(tl.permute(acc, (5, 0, 2, 4, 1, 3)), [BP, BO])
+
+
+@triton.jit
+def _reduced(i, TAG: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Place i of a step of the reduction: which of its words (transposed: patches), and field (row) of it."""
+    WIDTH: tl.constexpr = columns_per_word(TAG)
+    HALF: tl.constexpr = WIDTH // 2
+    if TRANSPOSED:
+        unit, inner = (i >> 1) % 4 + 4 * (i >> 4), i % 2 + 2 * ((i >> 3) % 2)
+    else:
+        unit, inner = (i >> 1) % 4 + 4 * (i // (4 * WIDTH)), (i % 2) * HALF + (i >> 3) % HALF
+    return unit, inner
 
 
 @triton.jit
@@ -84,6 +111,16 @@ def _truncate(value):
 
 
 @triton.jit
+def _parts(value):
+    """A float32 in three truncated parts, which bfloat16 holds and which sum to it exactly."""
+    high = _truncate(value)
+    # An infinity has no rest; the difference would be a NaN.
+    rest = tl.where(tl.abs(value) == float("inf"), 0.0, value - high)
+    middle = _truncate(rest)
+    return high, middle, rest - middle
+
+
+@triton.jit
 def _to_part(value, DTYPE: tl.constexpr):
     if DTYPE == tl.bfloat16:
         value = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -91,18 +128,16 @@ def _to_part(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def dot(w, value, acc, SPLIT_X: tl.constexpr, DTYPE: tl.constexpr):
-    """acc + w @ value. A float32 is split in three truncated parts, which sum to it exactly."""
-    if SPLIT_X:
-        high = _truncate(value)
-        # An infinity has no rest; the difference would be a NaN.
-        rest = tl.where(tl.abs(value) == float("inf"), 0.0, value - high)
-        middle = _truncate(rest)
-        acc = tl.dot(w, _to_part(rest - middle, DTYPE), acc)
+def dot(w, value, acc, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """acc + w @ value, in one, two or three parts of DTYPE, the smallest first."""
+    if PARTS == 1:
+        acc = tl.dot(w, value, acc)
+    else:
+        high, middle, low = _parts(value)
+        if PARTS == 3:
+            acc = tl.dot(w, _to_part(low, DTYPE), acc)
         acc = tl.dot(w, _to_part(middle, DTYPE), acc)
         acc = tl.dot(w, _to_part(high, DTYPE), acc)
-    else:
-        acc = tl.dot(w, value, acc, input_precision="tf32")
     return acc
 
 
@@ -130,13 +165,66 @@ def _store_modulated(
     tl.store(y + m * N + n, narrow(total, y.dtype.element_ty), mask=valid)
 
 
-_SCALARS = ["M", "k0", "k1", "o_first", "o_skip", "r_first", "r_skip", "chunk", "m_blocks", "o_blocks"]
+@triton.jit(do_not_specialize=["M", "r_skip", "tiles"])
+def prepare_kernel(
+    x,  # [M, K]
+    in_gain,  # [contexts, K] float32 or None
+    context,  # [M] int64 or None
+    out,  # [tiles, PARTS, M, BR] in DTYPE
+    M,
+    K,
+    r_skip,
+    tiles,
+    contexts,
+    stride_xm,
+    stride_xr,
+    stride_it,
+    stride_if,
+    IN_BANK: tl.constexpr,  # whether in_gain has several rows; else one serves the whole batch
+    TAG: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BR: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """x * in_gain as ``product_kernel`` reads it: in the order of its steps, in parts of DTYPE."""
+    tile = (tl.program_id(0) % tiles).to(tl.int64)
+    m = (tl.program_id(0) // tiles).to(tl.int64) * BM + tl.arange(0, BM)
+    i = tl.arange(0, BR)
+    PER_UNIT: tl.constexpr = 4 if TRANSPOSED else columns_per_word(TAG)
+    unit, inner = _reduced(i, TAG, TRANSPOSED)
+    k = tile * BR + (PER_UNIT * unit + inner) - r_skip
+    in_batch = (m < M)[:, None]
+    inside = (k >= 0) & (k < K)
+    valid = inside[None, :] & in_batch
+    value = widen(tl.load(x + (m * stride_xm)[:, None] + (k * stride_xr)[None, :], mask=valid, other=0.0))
+    if IN_BANK:
+        row = context_rows(context, m, M, contexts) * stride_it
+        value *= tl.load(in_gain + row[:, None] + (k * stride_if)[None, :], mask=valid, other=0.0)
+    elif in_gain is not None:
+        value *= tl.load(in_gain + k * stride_if, mask=inside, other=0.0)[None, :]
+    out += (tile * PARTS * M + m)[:, None] * BR + i[None, :]
+    part = tl.cast(M, tl.int64) * BR
+    if PARTS == 1:
+        tl.store(out, narrow(value, DTYPE), mask=in_batch)
+    else:
+        high, middle, low = _parts(value)
+        # The smallest first, as they are added up.
+        if PARTS == 3:
+            tl.store(out, _to_part(low, DTYPE), mask=in_batch)
+            out += part
+        tl.store(out, _to_part(middle, DTYPE), mask=in_batch)
+        tl.store(out + part, _to_part(high, DTYPE), mask=in_batch)
+
+
+# Not o_skip: where it is 0, and N a multiple of 16, results are stored 8 or 16 bytes at a time.
+_SCALARS = ["M", "k0", "k1", "o_first", "r_first", "r_skip", "chunk", "tiles", "m_blocks", "o_blocks"]
 
 
 @triton.jit(do_not_specialize=_SCALARS)
 def product_kernel(
-    x,  # [M, K], K the length of the reduction
-    in_gain,  # [in_contexts, K] float32 or None
+    x,  # [M, K], K the length of the reduction; or what ``prepare_kernel`` made of it
     out_gain,  # [out_contexts, N] float32 or None
     bias,  # [bias_contexts, N] float32 or None
     context,  # [M] int64 or None
@@ -153,34 +241,33 @@ def product_kernel(
     r_first,  # the same of the reduction
     r_skip,
     chunk,  # tiles of the reduction that a split takes
+    tiles,  # of the reduction
     m_blocks,
     o_blocks,
-    in_contexts,
     out_contexts,
     bias_contexts,
     stride_xm,
     stride_xr,
-    stride_it,
-    stride_if,
     stride_ot,
     stride_of,
     stride_bt,
     stride_bf,
-    IN_BANK: tl.constexpr,  # whether in_gain has several rows; else one serves the whole batch
-    OUT_BANK: tl.constexpr,
+    OUT_BANK: tl.constexpr,  # whether out_gain has several rows; else one serves the whole batch
     BIAS_BANK: tl.constexpr,
     TAG: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PARTIAL: tl.constexpr,
-    SPLIT_X: tl.constexpr,  # in three parts of DTYPE
+    PARTS: tl.constexpr,  # of each value, prepared; 0: x is read as it is
     DTYPE: tl.constexpr,  # of the operands of tl.dot
     FIELDS: tl.constexpr,  # transposed: the fields of a word that a program computes
     BO: tl.constexpr,
     BR: tl.constexpr,
     BM: tl.constexpr,
+    PIECES: tl.constexpr,  # that the rows of x are multiplied in, 1 or 2
     WARPS: tl.constexpr,
 ):
     WIDTH: tl.constexpr = columns_per_word(TAG)
+    BP: tl.constexpr = BM // PIECES
     k0 = k0.to(tl.uint32, bitcast=True)
     k1 = k1.to(tl.uint32, bitcast=True)
     o_first = o_first.to(tl.uint32, bitcast=True)
@@ -190,87 +277,99 @@ def product_kernel(
     o_block = pid // m_blocks % o_blocks
     split = pid // m_blocks // o_blocks
 
-    # Where the tile's rows and columns lie: patch (or word) and place in it, then the index in the view.
+    # Where the tile's rows and columns lie: patch (or word) and place in it.
     j, i = tl.arange(0, BO), tl.arange(0, BR)
-    PER_TILE: tl.constexpr = BR // (4 if TRANSPOSED else WIDTH)  # patches, or words
-    if TRANSPOSED:
-        GROUPS: tl.constexpr = WIDTH // FIELDS
-        f, word = _held(j, WARPS, FIELDS)
-        f += o_block % GROUPS * FIELDS
-        word += (o_block // GROUPS).to(tl.int64) * (BO // FIELDS)
-        n = WIDTH * word + f - o_skip
-        c0 = (word.to(tl.uint32) + o_first)[:, None]
-        f = f.to(tl.uint32)[:, None]
-        r = i % 2 + 2 * ((i >> 3) % 2)
-        unit = (i >> 1) % 4 + 4 * (i >> 4)
-        offset = r - r_skip
-        r = r[None, :]
-    else:
-        r, patch = _held(j, WARPS, 4)
-        patch += o_block.to(tl.int64) * (BO // 4)
-        n = 4 * patch + r - o_skip
-        c1 = (patch.to(tl.uint32) + o_first)[:, None]
-        r = r[:, None]
-        HALF: tl.constexpr = WIDTH // 2
-        f = (i % 2) * HALF + (i >> 3) % HALF
-        unit = (i >> 1) % 4 + 4 * (i // (4 * WIDTH))
-        offset = f - r_skip
-        f = f.to(tl.uint32)[None, :]
+    PER_UNIT: tl.constexpr = 4 if TRANSPOSED else WIDTH
+    GROUPS: tl.constexpr = WIDTH // FIELDS if TRANSPOSED else 1
+    HELD: tl.constexpr = FIELDS if TRANSPOSED else 4
+    group, block = o_block % GROUPS, o_block // GROUPS
+    held, other = _held(j, WARPS, HELD)
+    held += group * FIELDS if TRANSPOSED else 0
+    outer = ((other.to(tl.uint32) + block.to(tl.uint32) * (BO // HELD)) + o_first)[:, None]
+    unit, inner = _reduced(i, TAG, TRANSPOSED)
 
-    m = m_block.to(tl.int64) * BM + tl.arange(0, BM)
-    in_batch = (m < M)[None, :]
-    x += (m * stride_xm)[None, :]
-    if IN_BANK:
-        in_gain += (context_rows(context, m, M, in_contexts) * stride_it)[None, :]
+    m = m_block.to(tl.int64) * BM + tl.arange(0, BP)
+    if PARTS > 0:
+        x += i[:, None] + (m * BR)[None, :]
+        part = tl.cast(M, tl.int64) * BR
+        if PARTS == 1:
+            # Pointers advance: 5.75 instead of 6.25 instructions a weight. With three parts that spilled.
+            x += split.to(tl.int64) * chunk * part
+    else:
+        x += (m * stride_xm)[None, :]
+        offset = PER_UNIT * unit + inner - r_skip
     zero = _anchor(BO, BR, DTYPE)
-    acc = tl.zeros([BO, BM], tl.float32)
-    for tile in range(split * chunk, (split + 1) * chunk):
-        units = tl.cast(tile, tl.int64) * PER_TILE + unit
-        k = (4 if TRANSPOSED else WIDTH) * units + offset
-        valid = ((k >= 0) & (k < K))[:, None] & in_batch
-        value = tl.load(x + (k * stride_xr)[:, None], mask=valid, other=0.0)
-        if IN_BANK:
-            value = widen(value) * tl.load(in_gain + (k * stride_if)[:, None], mask=valid, other=0.0)
-        elif in_gain is not None:
-            gain = tl.load(in_gain + k * stride_if, mask=(k >= 0) & (k < K), other=0.0)
-            value = widen(value) * gain[:, None]
-        elif value.dtype != DTYPE:
-            value = widen(value)
-        counter = (units.to(tl.uint32) + r_first)[None, :] + zero
+    acc = tl.zeros([BO, BP], tl.float32)
+    acc1 = acc
+    for tile in range(split * chunk, tl.minimum((split + 1) * chunk, tiles)):
+        counter = (tl.cast(tile, tl.uint32) * (BR // PER_UNIT) + unit.to(tl.uint32) + r_first)[None, :] + zero
         if TRANSPOSED:
-            w0, w1, w2, w3 = words(c0, counter, k0, k1, TAG)
-            w = decode_rows(w0, w1, w2, w3, r, f, table, TAG, DTYPE)
+            w0, w1, w2, w3 = words(outer, counter, k0, k1, TAG)
+            f = held.to(tl.uint32)[:, None]
+            w = decode_rows(w0, w1, w2, w3, inner[None, :], f, table, TAG, DTYPE)
         else:
-            w0, w1, w2, w3 = words(counter, c1, k0, k1, TAG)
-            w = decode(word_of_row(w0, w1, w2, w3, r), f, table, TAG, DTYPE)
-        acc = dot(w, value, acc, SPLIT_X, DTYPE)
+            w0, w1, w2, w3 = words(counter, outer, k0, k1, TAG)
+            w = word_of_row(w0, w1, w2, w3, held[:, None])
+            w = decode(w, inner.to(tl.uint32)[None, :], table, TAG, DTYPE)
+        if PARTS > 0:
+            if PARTS == 1:
+                place = x
+                x += part
+            else:
+                place = x + tl.cast(tile, tl.int64) * (PARTS * part)
+            for _ in tl.static_range(PARTS):
+                value = tl.load(place, mask=(m < M)[None, :], other=0.0)
+                acc = tl.dot(w, value, acc)
+                if PIECES == 2:
+                    value = tl.load(place + BP * BR, mask=(m + BP < M)[None, :], other=0.0)
+                    acc1 = tl.dot(w, value, acc1)
+                place += part
+        else:
+            k = tl.cast(tile, tl.int64) * BR + offset
+            valid = ((k >= 0) & (k < K))[:, None] & (m < M)[None, :]
+            value = tl.load(x + (k * stride_xr)[:, None], mask=valid, other=0.0)
+            if value.dtype != DTYPE:  # in the interpreter
+                value = widen(value)
+            acc = tl.dot(w, value, acc)
 
-    m, n = m[None, :], n[:, None]
-    valid = (n >= 0) & (n < N) & in_batch
-    if PARTIAL:
-        tl.store(y + (split.to(tl.int64) * M + m) * N + n, acc, mask=valid)
-    else:
-        _store_modulated(
-            acc, y, out_gain, bias, context, factor, m, n, valid, M, N,
-            out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf, OUT_BANK, BIAS_BANK,
-        )  # fmt: skip
+    for piece in tl.static_range(PIECES):
+        # In the order of y, so that a warp writes neighbours.
+        o = tl.arange(0, BO)
+        n = block.to(tl.int64) * (BO // HELD)
+        if TRANSPOSED:
+            n = (WIDTH * (n + o // FIELDS) + o % FIELDS + group * FIELDS - o_skip)[None, :]
+        else:
+            n = (4 * n + o - o_skip)[None, :]
+        rows = (m + piece * BP)[:, None]
+        valid = (n >= 0) & (n < N) & (rows < M)
+        total = _in_order(acc if piece == 0 else acc1, WARPS, HELD)
+        if PARTIAL:
+            tl.store(y + (split.to(tl.int64) * M + rows) * N + n, total, mask=valid)
+        else:
+            _store_modulated(
+                total, y, out_gain, bias, context, factor, rows, n, valid, M, N,
+                out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf, OUT_BANK, BIAS_BANK,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "splits", "row_tiles"])
+@triton.jit(do_not_specialize=["M", "splits", "slices", "col_blocks"])
 def finish_kernel(
     partial,  # [splits, M, N] float32
     y,  # [M, N] or None
     out_gain,
     bias,
-    other,  # [M, N], with gain_grad
-    gain_grad,  # [contexts, N] float32 or None: is added to
+    other,  # [M, N], with sums or products
+    sums,  # [contexts, slices, N] float32 or None
+    products,  # [M, N] float32 or None
     context,
+    order,  # [M] int64: the rows in the order of their contexts; None: one context
+    starts,  # [contexts + 1] int64: where those of each context start
     factor,
     M,
     N,
     splits,
-    row_tiles,  # row tiles that a program takes, one after the other
-    contexts,
+    slices,  # of a context's rows, each summed by a program
+    col_blocks,
     out_contexts,
     bias_contexts,
     stride_om,
@@ -281,20 +380,37 @@ def finish_kernel(
     stride_bf,
     OUT_BANK: tl.constexpr,
     BIAS_BANK: tl.constexpr,
-    BANK: tl.constexpr,  # gain_grad: "one" row, a row "each" for the rows of the batch, or by "context"
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """y of a split product, and gain_grad[c, n] += sum over the rows m of c: other[m, n] * z[m, n].
+    """y of a split product, and other[m, n] * z[m, n]: products, or their sums over the rows of a context.
 
-    A program owns its columns of gain_grad and takes the rows in order: no atomics, the same bits every time.
+    A program owns BN columns of BM rows or, with sums, of a slice of a context's rows, which it adds up in
+    order: no atomics, the same bits every time.
     """
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    pid = tl.program_id(0)
+    n = (pid % col_blocks).to(tl.int64) * BN + tl.arange(0, BN)
+    segment = (pid // col_blocks).to(tl.int64)
     in_row = n < N
+    if sums is None:
+        begin = segment * BM
+        end = tl.minimum(begin + BM, M)
+    else:
+        begin = segment * 0
+        end = begin + M
+        if starts is not None:
+            begin = tl.load(starts + segment // slices)
+            end = tl.load(starts + segment // slices + 1)
+        rows = tl.cdiv(tl.cdiv(end - begin, slices), BM) * BM
+        begin += segment % slices * rows
+        end = tl.minimum(begin + rows, end)
     total = tl.zeros([BN], tl.float32)
-    for tile in range(row_tiles):
-        m = (tl.program_id(1).to(tl.int64) * row_tiles + tile) * BM + tl.arange(0, BM)
-        valid = (m < M)[:, None] & in_row[None, :]
+    for first in range(begin, end, BM):
+        m = tl.cast(first, tl.int64) + tl.arange(0, BM)
+        inside = m < end
+        if order is not None:
+            m = tl.load(order + m, mask=inside, other=0)
+        valid = inside[:, None] & in_row[None, :]
         place = m[:, None] * N + n[None, :]
         z = tl.load(partial + place, mask=valid, other=0.0)
         for split in range(1, splits):
@@ -304,26 +420,12 @@ def finish_kernel(
                 z, y, out_gain, bias, context, factor, m[:, None], n[None, :], valid, M, N,
                 out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf, OUT_BANK, BIAS_BANK,
             )  # fmt: skip
-        if gain_grad is not None:
+        if other is not None:
             there = m[:, None] * stride_om + n[None, :] * stride_on
             product = widen(tl.load(other + there, mask=valid, other=0.0)) * (z * factor)
-            if BANK == "one":
-                total += tl.sum(product, axis=0)
-            elif BANK == "each":
-                tl.store(gain_grad + place, product, mask=valid)
+            if products is not None:
+                tl.store(products + place, product, mask=valid)
             else:
-                c = context_rows(context, m, M, contexts)
-                first = tl.min(tl.where(m < M, c, contexts - 1))
-                last = tl.max(tl.where(m < M, c, 0))
-                for row in range(first, last + 1):
-                    of_row = tl.sum(tl.where((c == row)[:, None], product, 0.0), axis=0)
-                    sums = gain_grad + row * N + n
-                    of_row += tl.load(sums, mask=in_row, other=0.0)
-                    # Several threads may hold a column: all have read before one writes, and it has
-                    # written before any reads again.
-                    tl.debug_barrier()
-                    tl.store(sums, of_row, mask=in_row)
-                    tl.debug_barrier()
-    if gain_grad is not None and BANK == "one":
-        total += tl.load(gain_grad + n, mask=in_row, other=0.0)
-        tl.store(gain_grad + n, total, mask=in_row)
+                total += tl.sum(product, axis=0)
+    if sums is not None:
+        tl.store(sums + segment * N + n, total, mask=in_row)

@@ -119,7 +119,7 @@ def logits_kernel(
     stride_gf,
     BANK: tl.constexpr,  # whether gain has several rows
     TAG: tl.constexpr,
-    SPLIT_X: tl.constexpr,
+    PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     BC: tl.constexpr,
     BU: tl.constexpr,
@@ -154,7 +154,7 @@ def logits_kernel(
         word = tl.arange(0, BU // WIDTH).to(tl.uint32) + tl.cast(step, tl.uint32) * (BU // WIDTH)
         word += u_first.to(tl.uint32, bitcast=True)
         w = _decoder(patch, word, k0, k1, table, TAG, DTYPE, BC, BU)
-        acc = dot(w, value, acc, SPLIT_X, DTYPE)
+        acc = dot(w, value, acc, PARTS, DTYPE)
     place = (split.to(tl.int64) * M + m)[None, :] * classes + c[:, None]
     tl.store(partial + place, acc, mask=((c >= 0) & (c < classes))[:, None] & in_batch[None, :])
 
@@ -189,7 +189,7 @@ def gain_grad_kernel(
     stride_dc,
     EACH: tl.constexpr,
     TAG: tl.constexpr,
-    SPLIT_X: tl.constexpr,
+    PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     BC: tl.constexpr,
     BU: tl.constexpr,
@@ -227,7 +227,7 @@ def gain_grad_kernel(
             if d.dtype != DTYPE:
                 d = widen(d)
             w = _decoder(patch, word, k0, k1, table, TAG, DTYPE, BC, BU)
-            pulled = dot(tl.trans(w), d, pulled, SPLIT_X, DTYPE)
+            pulled = dot(tl.trans(w), d, pulled, PARTS, DTYPE)
         value = _hidden(
             x, columns, mean, encoder_factor, u, m, in_batch, M, inputs, hidden, fan_in, shift, BU
         )
@@ -256,7 +256,9 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: bool) -> Plan:
+def plan_of(
+    decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: bool, tf32: bool = False
+) -> Plan:
     """``dtype`` and ``gained``: what the weights multiply, and whether that is times a gain."""
     tag, seed, row_offset, col_offset, classes = decoder
     width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
@@ -264,10 +266,10 @@ def plan_of(decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: 
     u_first, u_skip = divmod(col_offset, width)
     block = min(max(triton.next_power_of_2(c_skip + classes), _LEAST_CLASSES), _MOST_CLASSES)
     batch = _SMALL_BATCH if rows <= _SMALL_BATCH else _BATCH
-    operand, split_x = launch.operand_of(dtype, gained, tf32=False)
+    operand, parts = launch.operand_of(dtype, gained, tf32)
     constants = {
         "TAG": tag,
-        "SPLIT_X": split_x,
+        "PARTS": parts,
         "DTYPE": launch.DTYPES[operand],
         "BC": block,
         "BU": UNITS,
@@ -313,7 +315,7 @@ def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: An
     y = x.new_empty(rows, classes)
     if rows == 0:
         return y
-    plan = plan_of(tuple(decoder), hidden, rows, x.dtype, gained=True)
+    plan = plan_of(tuple(decoder), hidden, rows, x.dtype, True, launch.may_use_tf32(x.dtype))
     wanted = max(1, min(plan.steps, _PROGRAMS // (plan.m_blocks * plan.c_blocks)))
     wanted = max(1, min(wanted, launch.SCRATCH // (4 * rows * classes)))
     chunk = triton.cdiv(plan.steps, wanted)
@@ -344,16 +346,8 @@ def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: An
             num_stages=2,
             enable_fp_fusion=False,
         )
-        launch.finish(partial, y, None, None, None, None, "one", None, 1, factor)
+        launch.finish(partial, y, factor)
     return y
-
-
-def _by_context(x: Tensor, d_logits: Tensor, context: Tensor, contexts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows in the order of their contexts, and where those of each context start."""
-    # A context out of range counts for the nearest, as kernels read it.
-    key, order = context.clamp(0, contexts - 1).sort(stable=True)
-    starts = torch.searchsorted(key, torch.arange(contexts + 1, device=x.device))
-    return x.index_select(0, order), d_logits.index_select(0, order), starts
 
 
 def flynet_gain_grad(
@@ -363,7 +357,8 @@ def flynet_gain_grad(
     rows, hidden = x.shape[0], encoder[3]
     if rows == 0:
         return x.new_zeros(contexts, hidden, dtype=torch.float32)
-    plan = plan_of(tuple(decoder), hidden, rows, d_logits.dtype, gained=False)
+    tf32 = launch.may_use_tf32(d_logits.dtype)
+    plan = plan_of(tuple(decoder), hidden, rows, d_logits.dtype, False, tf32)
     each = contexts > 1 and context is None
     starts = None
     # Rows of the batch that a program takes where it takes no context's.
@@ -373,7 +368,8 @@ def flynet_gain_grad(
     with launch.on_device(x.device):
         x, d_logits = x.resolve_neg(), d_logits.resolve_neg()
         if contexts > 1 and context is not None:
-            x, d_logits, starts = _by_context(x, d_logits, context, contexts)
+            order, starts = launch.by_context(context, contexts)
+            x, d_logits = x.index_select(0, order), d_logits.index_select(0, order)
         segments = triton.cdiv(rows, chunk) if starts is None else contexts
         across, columns, mean = _encode(x, encoder)
         out = x.new_empty(rows if each else segments, hidden, dtype=torch.float32)

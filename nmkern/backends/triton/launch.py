@@ -1,11 +1,15 @@
 """From the arguments of the dense primitives to launches of their kernels.
 
-    chunks of the batch -> product_kernel, the reduction in one or several splits -> finish_kernel
+    parts of the batch -> prepare_kernel -> product_kernel, the reduction in splits -> finish_kernel
+
+Few rows without gains, in a dtype that tl.dot multiplies, go to product_kernel as they are; a reduction in
+one split needs no finish_kernel.
 
 What follows from the matrix, the dtype and the shape alone is worked out once and kept (``_plan``). The
-invariant: scratch is bounded by ``SCRATCH`` bytes whatever the layer's size; the split follows from the
-shape alone, so no tile changes a bit; and nothing here waits for the device or reads from it, so that calls
-can be captured in a CUDA graph (but for NMKERN_TRITON_AUTOTUNE, which times the first call of its class).
+invariant: sums and prepared x take ``SCRATCH`` bytes each, or 128 rows of the batch, whatever its size; the
+split follows from the shape alone, so no tile changes a bit; and nothing here waits for the device or reads
+from it, so that calls can be captured in a CUDA graph (but for NMKERN_TRITON_AUTOTUNE, which times the first
+call of its class).
 """
 
 import contextlib
@@ -20,18 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 from nmkern import stream
-from nmkern.backends import primitives
 from nmkern.backends.triton import autotune, configs, dense
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# Partial sums of a call, in bytes: a batch that needs more is taken in parts.
+# Bytes of a call's partial sums, and of its prepared x: a batch that needs more is taken in parts, of at
+# least 128 rows.
 SCRATCH = 64 * 2**20
 # Programs that a split aims at, two for each of an H100's 132 multiprocessors, and the least steps that
 # are worth a program. Constants, not the device's own count: the same sums on every GPU.
 _PROGRAMS = 264
 _LEAST_STEPS = 8
-_FINISH_ROWS, _FINISH_COLS = 16, 64
+FINISH_ROWS, FINISH_COLS = 16, 64
+_LEAST_TILES = 4  # tiles of FINISH_ROWS rows that are worth a program of their own
+PREPARED = 2048  # values that a program of prepare_kernel takes
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -45,12 +51,17 @@ class Plan:
     outputs: int
     reduction: int
     splits: int
+    partial: bool  # whether sums go to scratch, for finish_kernel
     grid: tuple[int]
     # The kernel's arguments from N to o_blocks: outputs, reduction; k0 and k1; first counter and skip of
-    # outputs and of the reduction; chunk, m_blocks, o_blocks.
+    # outputs and of the reduction; chunk, tiles, m_blocks, o_blocks.
     numbers: tuple[int, ...]
+    parts: int  # that each value of x is prepared in; 0: x is read as it is
+    steps: int
     table: torch.dtype
     constants: dict[str, Any]  # and the launch's options
+    prepare: dict[str, Any]  # the same of prepare_kernel
+    prepared_bytes: int  # of a row of x
 
 
 def signed32(value: int) -> int:
@@ -73,7 +84,9 @@ def _plan(
     """
     tag, seed, row_offset, col_offset, rows, cols, transposed = matrix
     width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
-    tile = tile or configs.tile_of(tag, transposed, batch, banks)
+    operand, split = operand_of(dtype, gained, tf32)
+    parts = split if split > 1 or gained or batch > configs.DIRECT_ROWS else 0
+    tile = tile or configs.tile_of(tag, transposed, batch, split)
     by_row, by_col = (divmod(row_offset, 4), rows), (divmod(col_offset, width), cols)
     (o_place, outputs), (r_place, reduction) = (by_col, by_row) if transposed else (by_row, by_col)
     per_unit, per_unit_r = (width, 4) if transposed else (4, width)
@@ -90,27 +103,35 @@ def _plan(
     wanted = max(1, min(wanted, SCRATCH // (4 * batch * outputs)))
     chunk = triton.cdiv(steps, wanted)
     splits = triton.cdiv(steps, chunk)
-    operand, split_x = operand_of(dtype, gained, tf32)
     key = stream.key_of(seed % 2**64)
     places = (signed32(o_place[0]), o_place[1], signed32(r_place[0]), r_place[1])
-    constants = {
+    both = {
         "TAG": tag,
         "TRANSPOSED": transposed,
-        "SPLIT_X": split_x,
+        "PARTS": parts,
         "DTYPE": DTYPES[operand],
+        "BR": step,
+        "enable_fp_fusion": False,
+    }
+    constants = {
+        **both,
         "FIELDS": tile.fields,
         "BO": tile.outputs,
-        "BR": step,
         "BM": tile.batch,
         "WARPS": tile.warps,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
-        "enable_fp_fusion": False,
     }
-    numbers = (outputs, reduction, *(signed32(half) for half in key), *places, chunk, m_blocks, o_blocks)
+    prepare = {**both, "BM": max(1, PREPARED // step), "num_warps": 4}
+    halves = (signed32(half) for half in key)
+    numbers = (outputs, reduction, *halves, *places, chunk, steps, m_blocks, o_blocks)
     request = (matrix, batch, dtype, gained, banks, tf32)
     grid = (m_blocks * o_blocks * splits,)
-    return Plan(request, tile, outputs, reduction, splits, grid, numbers, operand, constants)
+    partial = splits > 1 or (banks and batch > configs.BANK_ROWS)
+    return Plan(
+        *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand),
+        *(constants, prepare, steps * step * parts * operand.itemsize),
+    )
 
 
 def _tuned(plan: Plan, device: torch.device, launch: Callable[[Plan], object]) -> Plan:
@@ -129,20 +150,22 @@ def _class_of(request: tuple) -> tuple[str, tuple[configs.Tile, ...]]:
     words = [f"{tag:#x}", str(dtype).removeprefix("torch."), *(word for word, so in said.items() if so)]
     sizes = {"M": batch, "N": plan.outputs, "K": plan.reduction}
     words += [f"{letter}{triton.next_power_of_2(size)}" for letter, size in sizes.items()]
-    return " ".join(words), configs.candidates(tag, transposed, batch, banks)
+    return " ".join(words), configs.candidates(tag, transposed, batch, max(1, plan.parts))
 
 
-def operand_of(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, bool]:
-    """The dtype of tl.dot's operands, and whether x is split in three of it.
+def operand_of(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, int]:
+    """The dtype of tl.dot's operands, and in how many parts of it x is multiplied.
 
-    Weights are exact in every one. x times in_gain is a float32, as x of float32 is; the interpreter
-    multiplies in float32 throughout.
+    Weights are exact in every one. x times in_gain is a float32, as x of float32 is. Three parts of bfloat16
+    are all of it. Where tf32 may be used, two do: 16 bits to tf32's 11, in the same time on tensor cores, and
+    5.7 instructions a weight instead of 10.4 (sm_90, uniform). The interpreter multiplies in float32
+    throughout.
     """
-    if INTERPRETED or (dtype == torch.float32 and tf32):
-        return torch.float32, False
-    if dtype == torch.float32 or gained:
-        return torch.bfloat16, True
-    return dtype, False
+    if INTERPRETED:
+        return torch.float32, 1
+    if dtype == torch.float32:
+        return torch.bfloat16, 2 if tf32 else 3
+    return (torch.bfloat16, 3) if gained else (dtype, 1)
 
 
 @functools.cache
@@ -151,9 +174,9 @@ def table_of(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(stream.NORMAL_TABLE).to(device, dtype)
 
 
-def _tf32() -> bool:
-    """Whether PyTorch's setting for float32 products on CUDA allows tf32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def may_use_tf32(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's setting for float32 products on CUDA allows tf32, and the product is one."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
@@ -171,48 +194,119 @@ def contexts_of(bank: Tensor | None) -> int:
     return 1 if bank is None else bank.shape[0]
 
 
-def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
-    """Launch product_kernel on rows that one plan covers."""
-    in_contexts, out_contexts, bias_contexts = contexts_of(in_gain), contexts_of(out_gain), contexts_of(bias)
-    tensors = (x, in_gain, out_gain, bias, context, y, table_of(x.device, plan.table), factor, x.shape[0])
-    layout = (
-        *(in_contexts, out_contexts, bias_contexts),
+@functools.cache
+def pieces(device: torch.device, batch: int) -> int:
+    """In how many pieces product_kernel multiplies ``batch`` rows of x.
+
+    Before Hopper, Triton gives the warps of a single square product columns too, and weights would go through
+    shared memory; of two products with the same weights, each warp owns whole rows.
+    """
+    whole = batch < 64 or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return 1 if whole else 2
+
+
+def _prepare(x, in_gain, context, plan: Plan) -> Tensor:
+    """x times in_gain in the order and the dtype that the plan's product reads, ``[steps, parts, M, BR]``."""
+    rows, block = x.shape[0], plan.prepare["BM"]
+    prepared = x.new_empty(plan.steps, plan.parts, rows, plan.prepare["BR"], dtype=plan.table)
+    dense.prepare_kernel[(plan.steps * triton.cdiv(rows, block),)](
+        x,
+        in_gain,
+        context,
+        prepared,
+        rows,
+        plan.reduction,
+        plan.numbers[7],
+        plan.steps,
+        contexts_of(in_gain),
         *x.stride(),
         *strides_of(in_gain),
+        IN_BANK=contexts_of(in_gain) > 1,
+        **plan.prepare,
+    )
+    return prepared
+
+
+def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
+    """Launch the kernels up to product_kernel on rows that one plan covers."""
+    rows, strides = x.shape[0], x.stride()
+    if plan.parts:
+        x, strides = _prepare(x, in_gain, context, plan), (0, 0)
+    tensors = (x, out_gain, bias, context, y, table_of(x.device, plan.table), factor, rows)
+    layout = (
+        *(contexts_of(out_gain), contexts_of(bias)),
+        *strides,
         *strides_of(out_gain),
         *strides_of(bias),
-        *(in_contexts > 1, out_contexts > 1, bias_contexts > 1),
+        *(contexts_of(out_gain) > 1, contexts_of(bias) > 1),
     )
 
     def launch(plan: Plan) -> None:
-        dense.product_kernel[plan.grid](*tensors, *plan.numbers, *layout, PARTIAL=partial, **plan.constants)
+        dense.product_kernel[plan.grid](
+            *tensors,
+            *plan.numbers,
+            *layout,
+            PARTIAL=partial,
+            PIECES=pieces(x.device, plan.tile.batch),
+            **plan.constants,
+        )
 
     if autotune.enabled(x.device):
         plan = _tuned(plan, x.device, launch)
     launch(plan)
 
 
-def finish(partial, y, out_gain, bias, other, gain_grad, bank, context, contexts, factor: float) -> None:
-    """Launch finish_kernel on partial sums, ``[splits, rows, outputs]``."""
+def by_context(context: Tensor, contexts: int) -> tuple[Tensor, Tensor]:
+    """The rows of the batch in the order of their contexts, and where those of each context start."""
+    # A context out of range counts for the nearest, as kernels read it.
+    key, order = context.clamp(0, contexts - 1).sort(stable=True)
+    return order, torch.searchsorted(key, torch.arange(contexts + 1, device=context.device))
+
+
+def finish(
+    partial: Tensor,
+    y: Tensor | None,
+    factor: float,
+    out_gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    context: Tensor | None = None,
+    other: Tensor | None = None,
+    contexts: int = 1,
+    products: Tensor | None = None,
+) -> Tensor | None:
+    """Launch finish_kernel on partial sums, ``[splits, rows, outputs]``.
+
+    With ``other``, the gradient of a gain goes to ``products`` if it has a row for each row of the batch;
+    else it is returned, ``[contexts, outputs]``.
+    """
     splits, rows, outputs = partial.shape
-    row_tiles = triton.cdiv(rows, _FINISH_ROWS)
-    # Who adds to a row of gain_grad must own its columns; else every row tile is a program of its own.
-    in_turn = row_tiles if gain_grad is not None and bank != "each" else 1
-    grid = (triton.cdiv(outputs, _FINISH_COLS), triton.cdiv(row_tiles, in_turn))
-    dense.finish_kernel[grid](
+    col_blocks, row_blocks = triton.cdiv(outputs, FINISH_COLS), triton.cdiv(rows, FINISH_ROWS)
+    order = starts = sums = None
+    slices, segments = 1, row_blocks
+    if other is not None and products is None:
+        slices = max(1, min(_PROGRAMS // (col_blocks * contexts), row_blocks // _LEAST_TILES))
+        segments = contexts * slices
+        sums = partial.new_empty(contexts, slices, outputs)
+        if contexts > 1:
+            assert context is not None
+            order, starts = by_context(context, contexts)
+    dense.finish_kernel[(col_blocks * segments,)](
         partial,
         y,
         out_gain,
         bias,
         other,
-        gain_grad,
+        sums,
+        products,
         context,
+        order,
+        starts,
         factor,
         rows,
         outputs,
         splits,
-        in_turn,
-        contexts,
+        slices,
+        col_blocks,
         contexts_of(out_gain),
         contexts_of(bias),
         *((0, 0) if other is None else other.stride()),
@@ -220,12 +314,14 @@ def finish(partial, y, out_gain, bias, other, gain_grad, bank, context, contexts
         *strides_of(bias),
         OUT_BANK=contexts_of(out_gain) > 1,
         BIAS_BANK=contexts_of(bias) > 1,
-        BANK=bank,
-        BM=_FINISH_ROWS,
-        BN=_FINISH_COLS,
+        BM=FINISH_ROWS,
+        BN=FINISH_COLS,
         num_warps=4,
         enable_fp_fusion=False,
     )
+    if sums is None:
+        return None
+    return sums.sum(1) if slices > 1 else sums.squeeze(1)
 
 
 def _rows_of(bank: Tensor | None, context: Tensor | None, part: slice) -> Tensor | None:
@@ -235,9 +331,9 @@ def _rows_of(bank: Tensor | None, context: Tensor | None, part: slice) -> Tensor
     return bank[part]
 
 
-def parts(rows: int, outputs: int) -> list[slice]:
-    """The batch in parts whose float32 sums fit the scratch; a multiple of 128 rows where several."""
-    most = max(128, SCRATCH // (4 * outputs) // 128 * 128)
+def parts(rows: int, *row_bytes: int) -> list[slice]:
+    """The batch in parts whose scratch, of so many bytes a row, fits; multiples of 128 rows where several."""
+    most = max(128, SCRATCH // max(1, *row_bytes) // 128 * 128)
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
@@ -256,16 +352,27 @@ def modulated_matmul(
         return y
     x = x.resolve_neg()
     context = None if context is None else context.contiguous()
-    tf32 = x.dtype == torch.float32 and _tf32()
+    tf32 = may_use_tf32(x.dtype)
     banks = contexts_of(out_gain) > 1 or contexts_of(bias) > 1
-    plan = _plan(tuple(view), rows, x.dtype, in_gain is not None, banks, tf32)
+
+    def plan_of(rows: int) -> Plan:
+        return _plan(tuple(view), rows, x.dtype, in_gain is not None, banks, tf32)
+
+    plan = plan_of(rows)
     with on_device(x.device):
-        if plan.splits == 1:
-            _product(x, in_gain, out_gain, bias, context, y, plan, factor, partial=False)
-        else:
-            partial = x.new_empty(plan.splits, rows, outputs, dtype=torch.float32)
-            _product(x, in_gain, None, None, context, partial, plan, factor, partial=True)
-            finish(partial, y, out_gain, bias, None, None, "one", context, 1, factor)
+        for part in parts(rows, plan.prepared_bytes, 4 * outputs if plan.partial else 0):
+            some, to = x[part], y[part]
+            in_rows, out_rows, bias_rows = (
+                _rows_of(bank, context, part) for bank in (in_gain, out_gain, bias)
+            )
+            selected = None if context is None else context[part]
+            plan = plan_of(some.shape[0])
+            if plan.partial:
+                partial = x.new_empty(plan.splits, *to.shape, dtype=torch.float32)
+                _product(some, in_rows, None, None, selected, partial, plan, factor, partial=True)
+                finish(partial, to, factor, out_rows, bias_rows, selected)
+            else:
+                _product(some, in_rows, out_rows, bias_rows, selected, to, plan, factor, partial=False)
     return y
 
 
@@ -282,29 +389,31 @@ def modulated_matmul_gain_grad(
     *view, factor = matrix
     rows, outputs = x.shape[0], view[5] if view[6] else view[4]
     product = x.new_empty(rows if need_product else 0, outputs)
-    bank = "one" if contexts == 1 else "each" if context is None else "context"
-    gain_grad = x.new_zeros(contexts, outputs, dtype=primitives.sum_dtype(x.dtype))
+    if rows == 0:
+        return product, x.new_zeros(contexts, outputs, dtype=torch.float32)
     x, other = x.resolve_neg(), other.resolve_neg()
     context = None if context is None else context.contiguous()
-    tf32 = x.dtype == torch.float32 and _tf32()
+    gain_grad = None
+    each = x.new_empty(rows, outputs, dtype=torch.float32) if contexts > 1 and context is None else None
+    tf32 = may_use_tf32(x.dtype)
+
+    def plan_of(rows: int) -> Plan:
+        return _plan(tuple(view), rows, x.dtype, in_gain is not None, False, tf32)
+
     with on_device(x.device):
-        for part in parts(rows, outputs):
+        for part in parts(rows, plan_of(rows).prepared_bytes, 4 * outputs):
             some = x[part]
-            plan = _plan(tuple(view), some.shape[0], x.dtype, in_gain is not None, False, tf32)
+            plan = plan_of(some.shape[0])
             selected = None if context is None else context[part]
             partial = x.new_empty(plan.splits, some.shape[0], outputs, dtype=torch.float32)
             gain = _rows_of(in_gain, context, part)
             _product(some, gain, None, None, selected, partial, plan, factor, partial=True)
-            finish(
-                partial,
-                product[part] if need_product else None,
-                _rows_of(out_gain, context, part) if need_product else None,
-                None,
-                other[part],
-                gain_grad[part] if bank == "each" else gain_grad,
-                bank,
-                selected,
-                contexts,
-                factor,
-            )
-    return product, gain_grad
+            out_rows = _rows_of(out_gain, context, part) if need_product else None
+            to = product[part] if need_product else None
+            products = None if each is None else each[part]
+            found = finish(partial, to, factor, out_rows, None, selected, other[part], contexts, products)
+            if found is not None:
+                gain_grad = found if gain_grad is None else gain_grad.add_(found)
+    result = gain_grad if each is None else each
+    assert result is not None
+    return product, result

@@ -370,7 +370,7 @@ def sparse_matmul(
         edges = torch.arange(lowest, lowest + cols + 1, dtype=torch.int32, device=x.device)
         # Sums over several chunks are held in y itself where it is float32.
         own = len(chunks) > 1 and y.dtype != torch.float32
-        for part in launch.parts(x.shape[0], cols) if own else [slice(0, x.shape[0])]:
+        for part in launch.parts(x.shape[0], 4 * cols) if own else [slice(0, x.shape[0])]:
             some = y[part]
             total = torch.empty_like(some, dtype=torch.float32) if own else some
             for i, chunk in enumerate(chunks):

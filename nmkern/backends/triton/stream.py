@@ -122,21 +122,15 @@ def _opaque(bits):
 @triton.jit
 def _look_up(table, index, DTYPE: tl.constexpr):
     """table[index] for a table that lies in DTYPE."""
-    if PTX:
+    if PTX and DTYPE != tl.float32:  # which only the interpreter multiplies
         # To Triton a load decides the layout around it: every index, then every weight, would go through
         # shared memory (9.2 instead of 7.8 instructions a weight, sm_90). To it this is arithmetic.
         base = table.to(tl.uint64, bitcast=True)
-        if DTYPE == tl.float32:
-            code = tl.inline_asm_elementwise(
-                "{ .reg .b64 a; mad.wide.u32 a, $2, 4, $1; ld.global.nc.b32 $0, [a]; }",
-                "=r,l,r", [base, index], tl.float32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            bits = tl.inline_asm_elementwise(
-                "{ .reg .b64 a; mad.wide.u32 a, $2, 2, $1; ld.global.nc.b16 $0, [a]; }",
-                "=h,l,r", [base, index], tl.uint16, is_pure=True, pack=1,
-            )  # fmt: skip
-            code = bits.to(DTYPE, bitcast=True)
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .b64 a; mad.wide.u32 a, $2, 2, $1; ld.global.nc.b16 $0, [a]; }",
+            "=h,l,r", [base, index], tl.uint16, is_pure=True, pack=1,
+        )  # fmt: skip
+        code = bits.to(DTYPE, bitcast=True)
     else:
         code = tl.load(table + index)
     return code
