@@ -35,7 +35,8 @@ struct FlyPlan {
 
 inline bool is_backward(const FlyNet& net) { return net.gain_grad.rows > 0; }
 
-inline FlyPlan plan_of(const FlyNet& net) {
+// `aim`: blocks of a launch that the splits aim at; tests take fewer.
+inline FlyPlan plan_of(const FlyNet& net, int64_t aim = kSparseBlocks) {
   const auto blocks = [](int64_t count, int64_t unit) { return (count + unit - 1) / unit; };
   FlyPlan plan{};
   plan.row_groups = blocks(net.batch, kFlyRows);
@@ -75,7 +76,7 @@ inline FlyPlan plan_of(const FlyNet& net) {
       (backward ? net.gain_grad.rows * net.hidden : net.batch * n.patches * kRowsPerPatch) * 4;
   const int64_t left = kSparseScratch - plan.columns_bytes - plan.counts_bytes;
   const int64_t wanted = std::max<int64_t>(
-      1, std::min({all, kSparseBlocks / others, plan.each ? all : left / std::max<int64_t>(1, split_bytes)}));
+      1, std::min({all, aim / others, plan.each ? all : left / std::max<int64_t>(1, split_bytes)}));
   plan.block_groups = std::max<int64_t>(1, blocks(all, wanted));
   plan.splits = blocks(all, plan.block_groups);
   // One split needs no partial sums backward, where nothing is left to do with them.
@@ -104,10 +105,10 @@ inline GainGrad gain_grad_of(const FlyNet& net, const FlyPlan& plan, float* part
 }
 
 // flynet_scratch of flynet.h.
-inline int64_t scratch_of(const FlyNet& net, int64_t shared_bytes) {
+inline int64_t scratch_of(const FlyNet& net, int64_t shared_bytes, int64_t aim = kSparseBlocks) {
   // Before a product of sizes passes 2^63.
   if (std::max({net.fan_in, net.hidden, net.inputs}) > kSparseScratch) return -1;
-  const FlyPlan plan = plan_of(net);
+  const FlyPlan plan = plan_of(net, aim);
   return plan.shared_bytes <= shared_bytes && plan.scratch_bytes() <= kSparseScratch ? plan.scratch_bytes()
                                                                                      : -1;
 }

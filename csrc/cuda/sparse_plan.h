@@ -29,13 +29,14 @@ struct ForwardPlan {
   int64_t blocks_x, blocks_y, shared_bytes, scratch_bytes;
 };
 
-// `in_block`: whether blocks draw for themselves.
+// `in_block`: whether blocks draw for themselves; `aim`: blocks of a launch that is aimed at, tests take
+// fewer.
 template <class T>
-ForwardPlan plan_of(const Sparse& call, bool in_block) {
+ForwardPlan plan_of(const Sparse& call, bool in_block, int64_t aim = kSparseBlocks) {
   const int64_t groups = (call.rows + T::kUnits - 1) / T::kUnits;
   ForwardPlan plan{};
   plan.blocks_x = (call.batch + T::kRows - 1) / T::kRows;
-  const int64_t wanted = std::max<int64_t>(1, kSparseBlocks / std::max<int64_t>(1, plan.blocks_x));
+  const int64_t wanted = std::max<int64_t>(1, aim / std::max<int64_t>(1, plan.blocks_x));
   Forward& p = plan.forward;
   p.source = {call.x, takes_four(call.x), call.batch, call.cols};
   p.draws = draws_of(call);
@@ -103,16 +104,17 @@ inline TransposedPlan transposed_plan_of(const Sparse& call) {
 // Calls use.template operator()<Tile>(plan) with the plan that serves a call forward; `none` where none does.
 // As many rows of x as fit, but no more than the batch has: the draws are made once for each block of them.
 template <class Use, class None>
-auto with_plan(const Sparse& call, int64_t shared_bytes, const Use& use, const None& none) {
+auto with_plan(const Sparse& call, int64_t shared_bytes, const Use& use, const None& none,
+               int64_t aim = kSparseBlocks) {
   for (const bool in_block : {true, false}) {
     const auto fits = [&](const ForwardPlan& plan) {
       return plan.shared_bytes <= shared_bytes && plan.scratch_bytes <= kSparseScratch;
     };
-    if (const auto plan = plan_of<Tile<32>>(call, in_block); call.batch > 16 && fits(plan))
+    if (const auto plan = plan_of<Tile<32>>(call, in_block, aim); call.batch > 16 && fits(plan))
       return use.template operator()<Tile<32>>(plan);
-    if (const auto plan = plan_of<Tile<16>>(call, in_block); call.batch > 8 && fits(plan))
+    if (const auto plan = plan_of<Tile<16>>(call, in_block, aim); call.batch > 8 && fits(plan))
       return use.template operator()<Tile<16>>(plan);
-    if (const auto plan = plan_of<Tile<8>>(call, in_block); fits(plan))
+    if (const auto plan = plan_of<Tile<8>>(call, in_block, aim); fits(plan))
       return use.template operator()<Tile<8>>(plan);
   }
   return none();

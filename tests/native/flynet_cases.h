@@ -150,9 +150,9 @@ void check_flynet(const FlyCase& c, std::mt19937_64& random, const Execute& exec
     }
 }
 
-// Runs every case, forward and backward. The number of cases.
+// Runs every case, forward and backward; of `many` rows blocks take several groups. The number of cases.
 template <class Execute>
-int64_t check_flynet_cases(const Execute& execute) {
+int64_t check_flynet_cases(const Execute& execute, int64_t many) {
   constexpr Family kUniform = Family::uniform;
   const FlyCase cases[] = {
       {kUniform, 40, 128, 10, 7, 37},
@@ -164,9 +164,9 @@ int64_t check_flynet_cases(const Execute& execute) {
       {Family::normal, 20, 32, 1, 9, 1, Gains::one, Dtype::float32, 1, 2, 3, 1, 3},
       {kUniform, 40, 700, 10, 7, 20, Gains::one, Dtype::float32, 0, 0, 0, 1, 5, false},
       {Family::normal, 61, 300, 30, 11, 33, Gains::bank, Dtype::bfloat16, 0, 0, 0, 0, 0, false},
-      {kUniform, 6, 1024, 3, 2, 2240, Gains::bank},  // blocks that take groups in order
-      {kUniform, 6, 1024, 3, 2, 2240},
-      {kUniform, 6, 64, 3, 2, 2240, Gains::each},
+      {kUniform, 6, 1024, 3, 2, many, Gains::bank},  // blocks that take groups in order
+      {kUniform, 6, 1024, 3, 2, many},
+      {kUniform, 6, 64, 3, 2, many, Gains::each},
       {kUniform, 300, 16, 10, 3, 9, Gains::each, Dtype::float32, 0, 0, 0, 0, 0, true, true},
   };
   std::mt19937_64 random(1);

@@ -43,9 +43,9 @@ void run_fly(int threads, int64_t shared_bytes, int64_t blocks_x, int64_t blocks
 }
 
 // The scratch is flynet_scratch's.
-inline void run_flynet(const FlyNet& net, void* scratch) {
+inline void run_flynet(const FlyNet& net, void* scratch, int64_t aim = kSparseBlocks) {
   if (net.batch == 0) return;
-  FlyPlan plan = plan_of(net);
+  FlyPlan plan = plan_of(net, aim);
   float* partial = plan.place(scratch);
   std::memset(plan.drawing.counts, 0, plan.counts_bytes);
   run_fly(kDrawThreads, 0, plan.draw_blocks(), 1,

@@ -15,5 +15,5 @@ void execute(const Sparse& call) {
 
 int main() {
   use_managed_memory();
-  std::printf("%lld cases\n", (long long)check_sparse_cases(execute));
+  std::printf("%lld cases\n", (long long)check_sparse_cases(execute, 4300));
 }

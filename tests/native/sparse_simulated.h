@@ -29,10 +29,11 @@ struct RunForward {
 };
 
 // The scratch is sparse_scratch's.
-inline int run_sparse(const Sparse& call, int64_t shared_bytes, void* scratch) {
+inline int run_sparse(const Sparse& call, int64_t shared_bytes, void* scratch, int64_t aim = kSparseBlocks) {
   if (call.batch == 0) return 0;
   if (!call.transposed)
-    return with_plan(call, shared_bytes, RunForward{scratch}, []() -> int { fail("no kernel has room"); });
+    return with_plan(
+        call, shared_bytes, RunForward{scratch}, []() -> int { fail("no kernel has room"); }, aim);
   TransposedPlan plan = transposed_plan_of(call);
   plan.place(scratch);
   std::memset(plan.prepare.bits, 0, plan.bits_bytes);
