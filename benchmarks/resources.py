@@ -51,7 +51,8 @@ def variants() -> dict[str, dict[str, Any]]:
                 for dtype in dtypes:
                     product(arch, family, batch, dtype)
         product(arch, "uniform", 16, "bfloat16", gained=True, banks=True)
-        product(arch, "uniform", 128, "float32", tf32=True)
+        for family in ("uniform", "normal"):
+            product(arch, family, 128, "float32", tf32=True)
         for name, build in _OTHERS.items():
             found[f"sm_{arch} {name}"] = {"arch": arch, "build": build}
     return found

@@ -65,7 +65,7 @@ def test_weights_stay_in_registers_and_x_is_copied_meanwhile(arch, operation, fa
         prepared = "16 bfloat16" not in name or "gained" in name
         assert (row["stores_to_shared"] == 0) == prepared, name
     large = rows_of(arch, family, "128")
-    assert len(large) == {"uniform": 8}.get(family, 4)
+    assert len(large) == {"uniform": 8, "normal": 6, "rademacher": 4}[family]
     for name, row in large.items():
         assert row["copies_of_16_bytes"] > 0, name
 

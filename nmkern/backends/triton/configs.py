@@ -57,8 +57,8 @@ def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
         tile = replace(tile, fields=8)
     if tile.batch == _LARGE.batch and words:
         tile = replace(tile, warps=8)
-    if tile.batch == _LARGE.batch and tag == normal and transposed and parts > 1:
-        tile = replace(tile, outputs=128)  # with 256, it spilled 8 bytes on sm_80
+    if tile.batch == _LARGE.batch and tag == normal and parts > 1:
+        tile = replace(tile, outputs=128)  # with 256, it spilled 8 to 16 bytes
     return tile
 
 
