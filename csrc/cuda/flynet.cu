@@ -5,42 +5,37 @@
 #include <cuda_runtime_api.h>
 
 #include "flynet_plan.h"
-#include "threads.h"
+#include "machine.h"
 
 namespace nmkern::cuda {
 namespace {
 
-__device__ constexpr NormalTable kNormalTable = normal_table();
 constexpr int kFinishThreads = 128;
 
-struct FlyThreads : Threads {
-  NMKERN_DEVICE const NormalTable& table() const { return kNormalTable; }
-};
-
 __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const Drawing p) {
-  draw_block<FlyTile>(p, FlyThreads{});
+  draw_block<FlyTile>(p, Warp{});
 }
 
 __global__ void __launch_bounds__(kTileThreads) logits_kernel(const Logits p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  FlyThreads threads;
-  logits_block(p, threads, shared);
+  Warp warp;
+  logits_block(p, warp, shared);
 }
 
 __global__ void __launch_bounds__(kTileThreads) gain_grad_kernel(const GainGrad p) {
   extern __shared__ __align__(128) unsigned char shared[];
-  FlyThreads threads;
-  gain_grad_block(p, threads, shared);
+  Warp warp;
+  gain_grad_block(p, warp, shared);
 }
 
 __global__ void __launch_bounds__(kFinishThreads) finish_logits_kernel(const FinishLogits f) {
   const int64_t i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i < f.batch * f.classes) finish_logit<FlyThreads>(f, i / f.classes, i % f.classes);
+  if (i < f.batch * f.classes) finish_logit<Warp>(f, i / f.classes, i % f.classes);
 }
 
 __global__ void __launch_bounds__(kFinishThreads) finish_gain_grad_kernel(const FinishGainGrad f) {
   const int64_t i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i < f.values) finish_gain_grad<FlyThreads>(f, i);
+  if (i < f.values) finish_gain_grad<Warp>(f, i);
 }
 
 uint32_t finish_blocks(int64_t values) { return uint32_t((values + kFinishThreads - 1) / kFinishThreads); }

@@ -1,4 +1,4 @@
-// The Machine of dense products on the device: the loads, stores and the table that they name through it.
+// The Machine of products on the device: the loads, stores and the table that they name through it.
 #pragma once
 
 #include "threads.h"
