@@ -1,10 +1,10 @@
-// The second stage of a dense product: sums of the splits, the modulation, and the gradient of a gain.
+// The second stage of a dense product: sums of the splits and the modulation. gradient.h has the same with the
+// gradient of a gain.
 //
 //   z[m, n] = factor * sum_s partial[s, m, n]                                      (unmodulated)
 //   y[m, n] = z[m, n] * out_gain[c, n] + bias[c, n]                                (finish_one)
-//   gain_grad[c, n] = sum over the rows m of c: other[m, n] * z[m, n]              (finish_with_gradient)
 //
-// Invariant: each step rounds on its own, and sums are taken in order: splits upward, rows of the batch upward.
+// Invariant: each step rounds on its own, and the splits are summed upward.
 #pragma once
 
 #include "product.h"
@@ -13,9 +13,10 @@ namespace nmkern::cuda {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
+constexpr int kLoads = 16;  // of partial sums that a thread has in flight
 
 struct Finish {
-  const float* partial;
+  float* partial;  // the gradient's stages write sums over the one that they have read
   int64_t splits, partial_stride, skip;  // skip: outputs of the first patch before the matrix
   int64_t batch, outputs;
   float factor;
@@ -24,59 +25,61 @@ struct Finish {
   Matrix y;
   Matrix other;
   Bank gain_grad;
-  bool add;  // to a gain_grad of one row, instead of overwriting it
+  bool add;              // to a gain_grad of one row, instead of overwriting it
+  unsigned char* index;  // of index_bytes in gradient.h
 };
 
-// z of dense.h.
-template <class Machine>
-NMKERN_DEVICE float unmodulated(const Finish& f, int64_t m, int64_t n) {
-  float sum = 0;
-#pragma unroll 16  // loads in flight at once: left to choose, the compiler took 4 once there were two callers
-  for (int64_t s = 0; s < f.splits; ++s)
-    sum = Machine::rounded_sum(sum, f.partial[(s * f.batch + m) * f.partial_stride + f.skip + n]);
-  return Machine::rounded_product(sum, f.factor);
+// z += the splits' sums, `step` of them at a time: all their loads are in flight before the first is added. What
+// is past the last split adds 0, which changes no bit: a sum that starts from +0 is never -0.
+template <int step, class Machine, int count>
+NMKERN_DEVICE void add_splits(const Finish& f, int64_t first, int rows, int64_t n, float (&z)[count]) {
+  for (int64_t s = 0; s < f.splits; s += step) {
+    float part[step][count];
+#pragma unroll
+    for (int j = 0; j < step; ++j) {
+      const bool there = step == 1 || s + j < f.splits;
+      const float* from = f.partial + ((s + j) * f.batch + first) * f.partial_stride + f.skip + n;
+#pragma unroll
+      for (int i = 0; i < count; ++i) {
+        part[j][i] = there ? *from : 0;
+        from += i + 1 < rows ? f.partial_stride : 0;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < step; ++j)
+#pragma unroll
+      for (int i = 0; i < count; ++i) z[i] = Machine::rounded_sum(z[i], part[j][i]);
+  }
+}
+
+// z of dense.h for the rows [first, first + rows), at most `count`; the last again in what is left of them.
+// Steps are by hand: of a loop unrolled 16 times the compiler made the loads of its rest wait for each other.
+template <class Machine, int count>
+NMKERN_DEVICE void unmodulated(const Finish& f, int64_t first, int rows, int64_t n, float (&z)[count]) {
+  constexpr int kMost = kLoads / count;
+#pragma unroll
+  for (int i = 0; i < count; ++i) z[i] = 0;
+  if (f.splits > kMost / 2)
+    add_splits<kMost, Machine>(f, first, rows, n, z);
+  else if (kMost < 8 || f.splits > kMost / 8)
+    add_splits<kMost / 2, Machine>(f, first, rows, n, z);
+  else
+    add_splits<(kMost < 8 ? 1 : kMost / 8), Machine>(f, first, rows, n, z);
+#pragma unroll
+  for (int i = 0; i < count; ++i) z[i] = Machine::rounded_product(z[i], f.factor);
 }
 
 template <class Machine>
-NMKERN_DEVICE void finish_one(const Finish& f, int64_t m, int64_t n, float z) {
+NMKERN_DEVICE void finish_one(const Finish& f, int64_t m, int64_t n) {
+  float one[1];
+  unmodulated<Machine>(f, m, 1, n, one);
+  float z = one[0];
   if (f.out_gain.data) z = Machine::rounded_product(z, bank_value(f.out_gain, f.context, m, f.outputs, n));
   if (f.bias.data) z = Machine::rounded_sum(z, bank_value(f.bias, f.context, m, f.outputs, n));
   write_element(f.y, m, n, z);
 }
 
-// The same with the gradient of a gain. A block owns 32 outputs and takes kFinishRows rows at a time, each
-// warp its share of them; then one warp adds them up in order: no atomics, the same bits every time.
-constexpr int kFinishRows = 16;
-
-template <class Machine>
-NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, float* shared) {
-  const int warp = machine.thread() / kLanes, lane = machine.lane();
-  const int64_t n = int64_t{machine.block_x()} * kLanes + lane;
-  const bool here = n < f.outputs, one = f.gain_grad.rows == 1;
-  float total = f.add && one && here ? f.gain_grad.data[n] : 0;
-  for (int64_t first = 0; first < f.batch; first += kFinishRows) {
-    const int rows = int(f.batch - first < kFinishRows ? f.batch - first : kFinishRows);
-    for (int i = warp; i < rows && here; i += kWarps) {
-      const float z = unmodulated<Machine>(f, first + i, n);
-      if (f.y.data) finish_one<Machine>(f, first + i, n, z);
-      shared[i * kLanes + lane] = Machine::rounded_product(read_element(f.other, first + i, n), z);
-    }
-    machine.wait();
-    for (int i = 0; i < rows && here && warp == 0; ++i) {
-      const float value = shared[i * kLanes + lane];
-      if (one) {
-        total = Machine::rounded_sum(total, value);
-      } else {
-        float* to = f.gain_grad.data + bank_row(f.gain_grad, f.context, first + i) * f.outputs + n;
-        *to = f.context ? Machine::rounded_sum(*to, value) : value;
-      }
-    }
-    machine.wait();
-  }
-  if (one && here && warp == 0) f.gain_grad.data[n] = total;
-}
-
-// Enqueues it; a cudaError_t.
+// Enqueues it, with the gradient where there is one; a cudaError_t.
 int launch_finish(const Finish& finish, void* stream);
 
 }  // namespace nmkern::cuda

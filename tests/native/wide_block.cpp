@@ -22,9 +22,7 @@ struct Simulate {
     kernels.insert(name);
     direct += wide_plan_of<C>(call).partial_bytes == 0;
     most_splits = std::max(most_splits, wide_plan_of<C>(call).splits);
-    std::vector<unsigned char> scratch(wide_scratch_of<C>(call) + kAlignment);
-    const auto at = reinterpret_cast<uintptr_t>(scratch.data());
-    run_wide<C>(call, reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment));
+    run_wide<C>(call, AlignedScratch(wide_scratch_of<C>(call)).data);
   }
 };
 
