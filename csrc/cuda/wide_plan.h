@@ -41,20 +41,6 @@ WidePlan wide_plan_of(const Dense& call) {
   p.turns = ceil_div(p.reduction, C::kTurn);
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
-  const int64_t wanted = std::max<int64_t>(
-      1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
-                   p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
-                   call.most_scratch / (4 * call.batch * stride)}));
-  p.split_turns = ceil_div(p.turns, wanted);
-  plan.splits = ceil_div(p.turns, p.split_turns);
-  p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
-  p.keys = round_keys(call.key, call.family);
-  p.batch = call.batch;
-  p.reduction_patch = uint32_t(in / Patch::kReduction);
-  p.output_patch = uint32_t(out / C::kPatchOutputs);
-  p.partial_stride = stride;
-  p.finish = finish_of(call, plan.splits, stride, output_skip);
-
   if (plan.packed) {
     plan.pack = {call.x, call.in_gain, call.context, call.batch, call.inputs(), reduction_skip, nullptr, p.reduction};
     plan.pack_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
@@ -64,6 +50,20 @@ WidePlan wide_plan_of(const Dense& call) {
     p.x = static_cast<const uint16_t*>(call.x.data);
     p.x_row_stride = call.x.row_stride;
   }
+  const int64_t left = call.most_scratch - plan.pack_bytes - index_bytes(finish_of(call, 1, stride, output_skip));
+  const int64_t wanted = std::max<int64_t>(
+      1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
+                   p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
+                   left / aligned_up(4 * call.batch * stride)}));
+  p.split_turns = ceil_div(p.turns, wanted);
+  plan.splits = ceil_div(p.turns, p.split_turns);
+  p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
+  p.keys = round_keys(call.key, call.family);
+  p.batch = call.batch;
+  p.reduction_patch = uint32_t(in / Patch::kReduction);
+  p.output_patch = uint32_t(out / C::kPatchOutputs);
+  p.partial_stride = stride;
+  p.finish = finish_of(call, plan.splits, stride, output_skip);
   if (plan.splits > 1 || call.gain_grad.data || !in_fours(p.finish))
     plan.partial_bytes = aligned_up(plan.splits * call.batch * stride * 4);
   return plan;
