@@ -21,6 +21,8 @@ _FAMILIES = {"257": "rademacher", "258": "uniform", "259": "normal"}
 _PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELi(\d+)E")
 _WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32\.BF16 R(?P<d>\d+), R(?P<a>\d+), gdesc")
 _SOURCES = ("skinny", "wide", "finish")
+_GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
+_BANKS = ("of one row", "of each row", "by context")
 # A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
 _WEIGHTS = 8
 
@@ -57,7 +59,10 @@ def _measure(source: str, arch: str) -> dict[str, dict[str, float]]:
     bodies = re.split(r"\.section\s+\.text\.(\S+?),", code)[1:]
     for name, body in zip(bodies[::2], bodies[1::2], strict=True):
         row: dict[str, float] = {"registers": registers[name], "spilled_bytes": spills[name]}
-        label = f"sm_{arch} finish" + ", gradient" * ("finish_gradient" in name)
+        label = f"sm_{arch} finish" + ", index of contexts" * ("index_kernel" in name)
+        if match := _GRADIENT.search(name):
+            label += f", {match[1]} {_BANKS[int(match[2])]}"
+            row["loads_at_once"] = _loads_at_once(body)
         if match := re.search(r"pack_kernelILi(\d)E", name):
             label = f"sm_{arch} pack, {match[1]} part" + "s" * (match[1] != "1")
         if match := _PRODUCT.search(name):
@@ -75,6 +80,20 @@ def _measure(source: str, arch: str) -> dict[str, dict[str, float]]:
             row["instructions_per_weight"] = round(_per_weight(body, multiplies), 3)
         rows[label] = row
     return rows
+
+
+def _loads_at_once(body: str) -> int:
+    """The fewest loads of a column of rows or splits that come before the first of them is used.
+
+    Of basic blocks without a branch that have eight loads or more: those of the loops' turns.
+    """
+    blocks = re.split(r"^\.L_x_\d+:|^.*\bBRA\b.*$", body, flags=re.MULTILINE)
+    turns = [re.findall(r"\b(LDG|FADD)\b", block) for block in blocks]
+    return min(
+        [*turn, "FADD"].index("FADD", turn.index("LDG")) - turn.index("LDG")
+        for turn in turns
+        if turn.count("LDG") >= 8
+    )
 
 
 def _main_loop(body: str) -> list[str]:
