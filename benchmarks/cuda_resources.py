@@ -60,8 +60,11 @@ def _measure(source: str, arch: str) -> dict[str, dict[str, float]]:
     for name, body in zip(bodies[::2], bodies[1::2], strict=True):
         row: dict[str, float] = {"registers": registers[name], "spilled_bytes": spills[name]}
         label = f"sm_{arch} finish" + ", index of contexts" * ("index_kernel" in name)
-        if match := _GRADIENT.search(name):
+        if match := re.search(r"finish_kernelILi(\d)E", name):
+            label += ", 8 rows a thread" * (match[1] == "8")
+        elif match := _GRADIENT.search(name):
             label += f", {match[1]} {_BANKS[int(match[2])]}"
+        if match:
             row["loads_at_once"] = _loads_at_once(body)
         if match := re.search(r"pack_kernelILi(\d)E", name):
             label = f"sm_{arch} pack, {match[1]} part" + "s" * (match[1] != "1")

@@ -10,9 +10,18 @@ namespace {
 
 constexpr int kFinishThreads = 256;
 
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Finish f) {
-  const int64_t i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i < f.batch * f.outputs) finish_one<Warp>(f, i / f.outputs, i % f.outputs);
+// Five blocks a multiprocessor, or three of eight rows a thread: left to choose, ptxas took registers for four of
+// the former.
+template <int rows>
+__global__ void __launch_bounds__(kFinishThreads, rows == 1 ? 5 : 3) finish_kernel(const Finish f) {
+  finish_thread<rows>(f, Warp{}, int64_t{blockIdx.x} * kFinishThreads + threadIdx.x);
+}
+
+template <int rows>
+void launch_product(const Finish& f, cudaStream_t on) {
+  const int64_t threads = (f.batch + rows - 1) / rows * f.outputs;
+  const auto blocks = uint32_t((threads + kFinishThreads - 1) / kFinishThreads);
+  finish_kernel<rows><<<blocks, kFinishThreads, 0, on>>>(f);
 }
 
 __global__ void __launch_bounds__(kGradientThreads) index_kernel(const Finish f) {
@@ -58,9 +67,10 @@ int launch_finish(const Finish& f, void* stream) {
       case Gradient::of_each: launch_gradient<Gradient::of_each>(f, on); break;
       case Gradient::by_context: launch_gradient<Gradient::by_context>(f, on); break;
     }
+  } else if (rows_at_once(f) == 1) {
+    launch_product<1>(f, on);
   } else {
-    finish_kernel<<<uint32_t((f.batch * f.outputs + kFinishThreads - 1) / kFinishThreads), kFinishThreads, 0,
-                    on>>>(f);
+    launch_product<kRowsAtOnce>(f, on);
   }
   return cudaGetLastError();
 }

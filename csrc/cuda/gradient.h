@@ -23,7 +23,6 @@ namespace nmkern::cuda {
 constexpr int kChunkRows = 128;
 constexpr int kGradientWarps = 8;
 constexpr int kGradientThreads = kGradientWarps * kLanes;
-constexpr int kRowsAtOnce = 8;
 
 enum class Gradient { of_one, of_each, by_context };  // rows of gain_grad: one, one for each row, contexts
 
@@ -148,36 +147,13 @@ NMKERN_DEVICE void values_of(Dtype dtype, const uint32_t (&bits)[count], float (
   }
 }
 
-template <int count>
-NMKERN_DEVICE void store_rows(const Matrix& a, int64_t first, int rows, int64_t n, const float (&value)[count]) {
-  const int64_t at = first * a.row_stride + n * a.col_stride;
-  if (a.dtype == Dtype::float32) {
-    float* to = static_cast<float*>(a.data) + at;
-#pragma unroll
-    for (int i = 0; i < count; ++i, to += a.row_stride)
-      if (i < rows) *to = value[i];
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(a.data) + at;
-#pragma unroll
-    for (int i = 0; i < count; ++i, to += a.row_stride)
-      if (i < rows) *to = half_of(value[i], a.dtype);
-  }
-}
-
 // Output n of the rows [first, first + rows), at most `count`: y, and other * z.
 template <class Machine, int count>
-NMKERN_DEVICE void finish_rows(const Finish& f, int64_t first, int rows, int64_t n, float (&product)[count]) {
+NMKERN_DEVICE void product_rows(const Finish& f, int64_t first, int rows, int64_t n, float (&product)[count]) {
   const bool modulated = f.y.data && f.out_gain.data;
-  float gain[count], z[count];
+  float gain[count] = {}, z[count];
   uint32_t bits[count];
-  if (modulated) {
-    int64_t row[count];
-#pragma unroll
-    for (int i = 0; i < count; ++i)
-      row[i] = bank_row(f.out_gain, f.context, first + (i < rows ? i : rows - 1));
-#pragma unroll
-    for (int i = 0; i < count; ++i) gain[i] = f.out_gain.data[row[i] * f.outputs + n];
-  }
+  if (modulated) load_vectors(f, f.out_gain, first, rows, n, gain);
   load_rows(f.other, first, rows, n, bits);
   unmodulated<Machine>(f, first, rows, n, z);
   values_of(f.other.dtype, bits, product);
@@ -226,12 +202,12 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
     const int left = end - row < kRowsAtOnce ? end - row : kRowsAtOnce;
     if (left * kLoads > kRowsAtOnce * f.splits) {
       float product[kRowsAtOnce];
-      finish_rows<Machine>(f, first + row, left, n, product);
+      product_rows<Machine>(f, first + row, left, n, product);
       take(row, left, product);
       row += left;
     } else {
       float product[1];
-      finish_rows<Machine>(f, first + row, 1, n, product);
+      product_rows<Machine>(f, first + row, 1, n, product);
       take(row, 1, product);
       ++row;
     }

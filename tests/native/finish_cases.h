@@ -1,6 +1,6 @@
-// The cases of a product's second stage with a gradient, on partial sums that are given, and their reference: in
-// the order that gradient.h promises, so that floats which no order sums exactly must agree bit for bit. For a
-// host (finish_block.cpp) and for a GPU (dense_device.cpp).
+// The cases of a product's second stage, on partial sums that are given, and their reference: in the order that
+// finish.h and gradient.h promise, so that floats which no order sums exactly must agree bit for bit. For a host
+// (finish_block.cpp) and for a GPU (dense_device.cpp).
 #pragma once
 
 #include <bit>
@@ -20,7 +20,7 @@ using namespace nmkern::cuda;
 enum class Contexts { none, drawn, same, distinct };
 
 struct FinishCase {
-  int64_t batch, outputs, grad_rows;
+  int64_t batch, outputs, grad_rows;  // 0: no gradient, but a bias
   Contexts contexts = Contexts::none;
   int64_t splits = 1, skip = 0;
   Dtype dtype = Dtype::bfloat16;
@@ -56,17 +56,22 @@ void check_finish(const FinishCase& c, std::mt19937& random, const Execute& exec
   for (float& v : gain) v = any();
   if (c.gain_rows) f.out_gain = {gain.data(), c.gain_rows};
 
+  Buffer<float> bias(c.grad_rows ? 0 : c.gain_rows * c.outputs);
+  for (float& v : bias) v = any();
+  if (bias.size()) f.bias = {bias.data(), c.gain_rows};
+
+  const int64_t vectors = c.grad_rows ? c.grad_rows : c.gain_rows;
   Buffer<int64_t> context(c.batch);
   std::vector<int64_t> nearest(c.batch);
   for (int64_t m = 0; m < c.batch; ++m) {
-    nearest[m] = c.contexts == Contexts::none       ? (c.grad_rows == 1 ? 0 : m)
-                 : c.contexts == Contexts::distinct ? (m * 7 + 3) % c.grad_rows
-                 : c.contexts == Contexts::same     ? c.grad_rows / 2
-                                                    : int64_t(random()) % c.grad_rows;
+    nearest[m] = c.contexts == Contexts::none       ? (vectors == 1 ? 0 : m)
+                 : c.contexts == Contexts::distinct ? (m * 7 + 3) % vectors
+                 : c.contexts == Contexts::same     ? vectors / 2
+                                                    : int64_t(random()) % vectors;
     const bool beyond = random() % 2 != 0;  // out of range: the nearest is meant
     context[m] = !beyond                        ? nearest[m]
                  : nearest[m] == 0               ? -3
-                 : nearest[m] == c.grad_rows - 1 ? int64_t{1} << 40
+                 : nearest[m] == vectors - 1 ? int64_t{1} << 40
                                                  : nearest[m];
   }
   if (c.contexts != Contexts::none) f.context = context.data();
@@ -74,7 +79,7 @@ void check_finish(const FinishCase& c, std::mt19937& random, const Execute& exec
   Buffer<float> grad(c.grad_rows * c.outputs);
   for (float& v : grad) v = c.add || c.contexts != Contexts::none ? any() : nan;
   const std::vector<float> there(grad.begin(), grad.end());
-  f.gain_grad = {grad.data(), c.grad_rows};
+  if (c.grad_rows) f.gain_grad = {grad.data(), c.grad_rows};
 
   Buffer<unsigned char> index(index_bytes(f) + 8, 0x11);  // what would be a row
   f.index = index.data();
@@ -102,10 +107,13 @@ void check_finish(const FinishCase& c, std::mt19937& random, const Execute& exec
       product[m] = read_element(f.other, m, n) * z;
       if (c.gain_rows) {
         const int64_t last = c.gain_rows - 1, row = f.context ? context[m] : m;
-        z *= gain[(row < 0 ? 0 : row > last ? last : row) * c.outputs + n];
+        const int64_t at = (row < 0 ? 0 : row > last ? last : row) * c.outputs + n;
+        z *= gain[at];
+        if (bias.size()) z += bias[at];
       }
       if (c.product) write_element(want_y, m, n, z);
     }
+    if (c.grad_rows == 0) continue;
     if (c.grad_rows > 1 && !f.context) {
       for (int64_t m = 0; m < c.batch; ++m) same(grad[m * c.outputs + n], product[m], "gain_grad", m, n);
       continue;
@@ -171,6 +179,10 @@ int64_t check_all_finishes(const Execute& execute) {
       run({batch, 33, most, contexts, 1, 0, kFloat});
     }
   }
+  // Without a gradient: one row a thread, and eight.
+  for (int64_t splits : {1, 2, 3, 8, 9, 16, 17, 40}) run({9, 70, 0, kDrawn, splits, 1, kHalf, splits});
+  run({1030, 1030, 0, kDrawn, 1, 1, kBfloat, 5});
+  run({15, 70001, 0, kNone, 2, 0, kFloat, 15});
   run({257, 290, 2, kDrawn});
   run({257, 290, 600, kDrawn});
   return cases;

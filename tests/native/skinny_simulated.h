@@ -126,8 +126,10 @@ inline void run_finish(const Finish& f) {
       case Gradient::by_context: return run_gradient<Gradient::by_context>(f);
     }
   }
-  for (int64_t m = 0; m < f.batch; ++m)
-    for (int64_t n = 0; n < f.outputs; ++n) finish_one<HostLane>(f, m, n);
+  WarpBlock none(kThreads, 0, 0, 0);
+  const bool one = rows_at_once(f) == 1;
+  for (int64_t at = 0; at < (one ? f.batch : ceil_div(f.batch, kRowsAtOnce)) * f.outputs; ++at)
+    one ? finish_thread<1>(f, HostLane(none, 0), at) : finish_thread<kRowsAtOnce>(f, HostLane(none, 0), at);
 }
 
 // The product of a call; `scratch` is aligned.
