@@ -49,7 +49,7 @@ void launch_gradient(const Finish& f, cudaStream_t on) {
   const auto chunks = uint32_t(chunks_of(f.batch));
   if (index_bytes(f)) index_kernel<<<chunks, kGradientThreads, 0, on>>>(f);
   const dim3 grid(uint32_t((f.outputs + kLanes - 1) / kLanes), chunks);
-  gradient_kernel<kind><<<grid, kGradientThreads, 0, on>>>(f);
+  gradient_kernel<kind><<<grid, gradient_threads(f), 0, on>>>(f);
   if constexpr (kind != Gradient::of_each)
     if (const int64_t rows = gather_rows(f)) {
       const int64_t blocks_x = gather_blocks_x(f);

@@ -30,8 +30,8 @@ struct Finish {
   unsigned char* index;  // of index_bytes in gradient.h
 };
 
-// z += the splits' sums, `step` of them at a time: all their loads are in flight before the first is added. What
-// is past the last split adds 0, which changes no bit: a sum that starts from +0 is never -0.
+// z += the splits' sums, `step` of them at a time: all their loads are in flight before the first is added.
+// What is past the last split adds 0, which changes no bit: a sum that starts from +0 is never -0.
 template <int step, class Machine, int count>
 NMKERN_DEVICE void add_splits(const Finish& f, int64_t first, int rows, int64_t n, float (&z)[count]) {
   for (int64_t s = 0; s < f.splits; s += step) {
@@ -57,15 +57,15 @@ NMKERN_DEVICE void add_splits(const Finish& f, int64_t first, int rows, int64_t 
 // Steps are by hand: of a loop unrolled 16 times the compiler made the loads of its rest wait for each other.
 template <class Machine, int count>
 NMKERN_DEVICE void unmodulated(const Finish& f, int64_t first, int rows, int64_t n, float (&z)[count]) {
-  constexpr int kMost = kLoads / count;
+  constexpr int kMost = kLoads / count, kSome = kMost / 2, kFew = kMost >= 8 ? kMost / 8 : 1;
 #pragma unroll
   for (int i = 0; i < count; ++i) z[i] = 0;
-  if (f.splits > kMost / 2)
+  if (f.splits > kSome)
     add_splits<kMost, Machine>(f, first, rows, n, z);
-  else if (kMost < 8 || f.splits > kMost / 8)
-    add_splits<kMost / 2, Machine>(f, first, rows, n, z);
+  else if (f.splits > kFew)
+    add_splits<kSome, Machine>(f, first, rows, n, z);
   else
-    add_splits<(kMost < 8 ? 1 : kMost / 8), Machine>(f, first, rows, n, z);
+    add_splits<kFew, Machine>(f, first, rows, n, z);
 #pragma unroll
   for (int i = 0; i < count; ++i) z[i] = Machine::rounded_product(z[i], f.factor);
 }

@@ -57,7 +57,9 @@ inline int64_t index_bytes(const Finish& f) {
 }
 
 // Blocks of gather: 256 outputs of a context, or where rows are fewer, of the context of a row.
-inline int64_t gather_blocks_x(const Finish& f) { return (f.outputs + kGradientThreads - 1) / kGradientThreads; }
+inline int64_t gather_blocks_x(const Finish& f) {
+  return (f.outputs + kGradientThreads - 1) / kGradientThreads;
+}
 inline int64_t gather_rows(const Finish& f) {
   if (f.batch <= kChunkRows || gradient_of(f) == Gradient::of_each) return 0;
   return f.gain_grad.rows < f.batch ? f.gain_grad.rows : f.batch;
@@ -70,12 +72,13 @@ NMKERN_DEVICE float* partial_at(const Finish& f, int64_t m, int64_t n) {
   return f.partial + m * f.partial_stride + f.skip + n;
 }
 
-// The groups of the rows [first, first + rows); `context` is in shared memory, and has theirs afterwards.
+// The groups of a chunk's rows: of thread i, row i, which has context `mine`. Shared memory `context` has them
+// afterwards, in range.
 template <class Machine>
-NMKERN_DEVICE void group_rows(const Finish& f, Machine& machine, int64_t first, int rows, int64_t* context,
+NMKERN_DEVICE void group_rows(const Finish& f, Machine& machine, int rows, int64_t mine, int64_t* context,
                               RowGroups& groups) {
   const int row = machine.thread();
-  if (row < rows) context[row] = bank_row(f.gain_grad, f.context, first + row);
+  if (row < rows) context[row] = bank_row(f.gain_grad, &mine, 0);
   machine.wait();
   if (row < rows) {
     const int64_t here = context[row];
@@ -106,7 +109,7 @@ NMKERN_DEVICE void index_rows(const Finish& f, Machine& machine, unsigned char* 
   const int rows = chunk_rows(f, first), row = machine.thread();
   auto* words = reinterpret_cast<uint32_t*>(contexts_of(f, chunk));
   for (int64_t i = row; i < contexts_stride(f) / 4; i += kGradientThreads) words[i] = kAbsent * 0x01010101u;
-  group_rows(f, machine, first, rows, memory.context, memory.groups);
+  group_rows(f, machine, rows, row < rows ? f.context[first + row] : 0, memory.context, memory.groups);
   if (row >= rows) return;
   RowGroups& groups = *groups_of(f, chunk);
   groups.order[row] = memory.groups.order[row];
@@ -176,6 +179,11 @@ NMKERN_HD constexpr int gradient_shared_bytes(Gradient kind) {
                                       : 0;
 }
 
+// Threads of a block: a warp for each row of the least batches.
+inline int gradient_threads(const Finish& f) {
+  return f.batch < kGradientWarps ? int(f.batch) * kLanes : kGradientThreads;
+}
+
 // Block (x, y) takes outputs 32 x and on, of chunk y.
 template <Gradient kind, class Machine>
 NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsigned char* shared) {
@@ -186,6 +194,16 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
   const int end = (warp + 1) * share < rows ? (warp + 1) * share : rows;
   const bool here = n < f.outputs, only = f.batch <= kChunkRows;
   auto& memory = *reinterpret_cast<GradientShared*>(shared);
+
+  // What the groups of rows need, here, so that it has come by then.
+  constexpr int kWords = sizeof(RowGroups) / 4;
+  int64_t mine = 0;
+  uint32_t word = 0;
+  if constexpr (kind == Gradient::by_context) {
+    if (only && machine.thread() < rows) mine = f.context[machine.thread()];
+    if (!only && machine.thread() < kWords)
+      word = reinterpret_cast<const uint32_t*>(groups_of(f, chunk))[machine.thread()];
+  }
 
   float sum = 0;
   const auto take = [&](int row, int left, const auto& product) {
@@ -219,17 +237,16 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
     machine.wait();
     if (warp > 0 || !here) return;
 #pragma unroll
-    for (int i = 1; i < kGradientWarps; ++i) sum = Machine::rounded_sum(sum, sums[i * kLanes + lane]);
+    for (int i = 1; i < kGradientWarps; ++i)
+      if (i < f.batch) sum = Machine::rounded_sum(sum, sums[i * kLanes + lane]);
     float* to = only ? f.gain_grad.data + n : partial_at(f, first, n);
     *to = only && f.add ? Machine::rounded_sum(*to, sum) : sum;
   }
   if constexpr (kind == Gradient::by_context) {
     if (only) {
-      group_rows(f, machine, first, rows, memory.context, memory.groups);
+      group_rows(f, machine, rows, mine, memory.context, memory.groups);
     } else {
-      const auto* words = reinterpret_cast<const uint32_t*>(groups_of(f, chunk));
-      if (machine.thread() < int(sizeof(RowGroups) / 4))
-        reinterpret_cast<uint32_t*>(&memory.groups)[machine.thread()] = words[machine.thread()];
+      if (machine.thread() < kWords) reinterpret_cast<uint32_t*>(&memory.groups)[machine.thread()] = word;
       machine.wait();
     }
     for (int row = warp; row < rows && here; row += kGradientWarps) {
@@ -249,8 +266,8 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
   }
 }
 
-// Block (x, y) takes outputs 256 x and on, of row y of gain_grad, or of the context of row y of the batch: where
-// rows are fewer than contexts, and only if it is the context's first.
+// Block (x, y) takes outputs 256 x and on, of row y of gain_grad; or where rows are fewer than contexts, of the
+// context of row y of the batch, if it is the context's first.
 template <Gradient kind, class Machine>
 NMKERN_DEVICE void gather(const Finish& f, const Machine& machine, int64_t block_x, int64_t block_y) {
   const int64_t n = block_x * kGradientThreads + machine.thread();

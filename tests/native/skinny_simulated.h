@@ -105,7 +105,7 @@ void run_gradient(const Finish& f) {
     run_threads<HostLane>(kGradientThreads, sizeof(IndexShared), x, 0, 0,
                           [&](HostLane& lane, unsigned char* shared) { index_rows(f, lane, shared); });
   for (uint32_t block = outputs * chunks; block-- > 0;)
-    run_threads<HostLane>(kGradientThreads, gradient_shared_bytes(kind), block % outputs, block / outputs, 0,
+    run_threads<HostLane>(gradient_threads(f), gradient_shared_bytes(kind), block % outputs, block / outputs, 0,
                           [&](HostLane& lane, unsigned char* shared) {
                             finish_with_gradient<kind>(f, lane, shared);
                           });

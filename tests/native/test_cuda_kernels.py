@@ -35,7 +35,7 @@ def test_blocks_of_every_kernel_compute_the_product(tmp_path):
 @pytest.mark.slow
 def test_blocks_of_the_second_stage_compute_gradients(tmp_path):
     """Chunks, contexts, splits, parts; to the bit, as the order of the sums is promised."""
-    assert run_program(tmp_path, "finish_block") == (0, "240 cases\n")
+    assert run_program(tmp_path, "finish_block") == (0, "294 cases\n")
 
 
 @pytest.mark.slow
@@ -74,5 +74,5 @@ def test_a_gpu_computes_the_same_cases(tmp_path, kernels, cases):
     subprocess.run(["nvcc", *flags, *sources, HERE / f"{kernels}_device.cpp", "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     twice = 1 + (hopper and kernels == "dense")  # by each of the two kernels
-    finishes = 240 * (kernels == "dense")
+    finishes = 294 * (kernels == "dense")
     assert (done.returncode, done.stdout) == (0, f"{twice * cases + finishes} cases\n")

@@ -57,7 +57,7 @@ def test_wgmma_takes_generated_weights_from_registers(name):
 
 @pytest.mark.parametrize("name", [name for name in TABLE if "finish" in name and "index" not in name])
 def test_the_second_stage_has_eight_loads_in_flight(name):
-    """Of rows, or of splits: a turn takes eight times as long where the compiler lets them wait for each other."""
+    """Of rows, or of splits: a turn takes eight times as long where the compiler lets them wait in line."""
     assert TABLE[name]["loads_at_once"] >= 8
 
 
