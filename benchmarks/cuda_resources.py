@@ -20,6 +20,8 @@ CSRC = Path(__file__).parents[1] / "csrc"
 _FAMILIES = {"257": "rademacher", "258": "uniform", "259": "normal"}
 _PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELi(\d+)E")
 _WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32\.BF16 R(?P<d>\d+), R(?P<a>\d+), gdesc")
+_GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
+_BANKS = ("of one row", "of each row", "by context")
 # A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
 _WEIGHTS = 8
 
@@ -81,14 +83,34 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
                 row["hazards"] = len(hazards(loop))
             multiplies = int(parts) * (int(tiles) if kernel == "skinny" else 1)
             row["instructions_per_weight"] = round(_per_weight(body, multiplies), 3)
-        elif match := re.search(r"(\d)(finish_kernel|finish_gradient_kernel)", name):
-            label = "finish" + ", gradient" * ("gradient" in match[2])
+        elif match := re.search(r"\d(finish_kernelILi(\d)E|index_kernel)", name):
+            label = "finish, index of contexts" if match[2] is None else "finish"
+            label += ", 8 rows a thread" * (match[2] == "8")
+            if match[2]:
+                row["loads_at_once"] = _loads_at_once(body)
+        elif match := _GRADIENT.search(name):
+            label = f"finish, {match[1]} {_BANKS[int(match[2])]}"
+            row["loads_at_once"] = _loads_at_once(body)
         elif match := re.search(r"pack_kernelILi(\d)E", name):
             label = f"pack, {match[1]} part" + "s" * (match[1] != "1")
         else:
             continue  # cuda_sparse_resources'
         rows[f"sm_{arch} {label}"] = row
     return dict(sorted(rows.items()))
+
+
+def _loads_at_once(body: str) -> int:
+    """The fewest loads of a column of rows or splits that come before the first of them is used.
+
+    Of basic blocks without a branch that have eight loads or more: those of the loops' turns.
+    """
+    blocks = re.split(r"^\.L_x_\d+:|^.*\bBRA\b.*$", body, flags=re.MULTILINE)
+    turns = [re.findall(r"\b(LDG|FADD)\b", block) for block in blocks]
+    return min(
+        [*turn, "FADD"].index("FADD", turn.index("LDG")) - turn.index("LDG")
+        for turn in turns
+        if turn.count("LDG") >= 8
+    )
 
 
 def _main_loop(body: str) -> list[str]:

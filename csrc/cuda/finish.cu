@@ -1,5 +1,5 @@
-// The second stage on the device; finish.h has what it computes.
-#include "finish.h"
+// The second stage on the device; finish.h and gradient.h have what it computes.
+#include "gradient.h"
 
 #include <cuda_runtime_api.h>
 
@@ -10,29 +10,68 @@ namespace {
 
 constexpr int kFinishThreads = 256;
 
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const Finish f) {
-  const int64_t i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i >= f.batch * f.outputs) return;
-  const int64_t m = i / f.outputs, n = i % f.outputs;
-  finish_one<Warp>(f, m, n, unmodulated<Warp>(f, m, n));
+// Five blocks a multiprocessor, or three of eight rows a thread: left to choose, ptxas took registers for four of
+// the former.
+template <int rows>
+__global__ void __launch_bounds__(kFinishThreads, rows == 1 ? 5 : 3) finish_kernel(const Finish f) {
+  finish_thread<rows>(f, Warp{}, int64_t{blockIdx.x} * kFinishThreads + threadIdx.x);
 }
 
-// Eight blocks a multiprocessor at least: left to choose, ptxas spilled on sm_80.
-__global__ void __launch_bounds__(kThreads, 8) finish_gradient_kernel(const Finish f) {
-  __shared__ float shared[kFinishRows * kLanes];
+template <int rows>
+void launch_product(const Finish& f, cudaStream_t on) {
+  const int64_t threads = (f.batch + rows - 1) / rows * f.outputs;
+  const auto blocks = uint32_t((threads + kFinishThreads - 1) / kFinishThreads);
+  finish_kernel<rows><<<blocks, kFinishThreads, 0, on>>>(f);
+}
+
+__global__ void __launch_bounds__(kGradientThreads) index_kernel(const Finish f) {
+  __shared__ __align__(16) unsigned char shared[sizeof(IndexShared)];
   Warp warp;
-  finish_with_gradient(f, warp, shared);
+  index_rows(f, warp, shared);
+}
+
+// Three blocks a multiprocessor: left to choose, ptxas aimed at four, and with 64 registers let most loads of a
+// turn wait for each other.
+template <Gradient kind>
+__global__ void __launch_bounds__(kGradientThreads, 3) gradient_kernel(const Finish f) {
+  __shared__ __align__(16) unsigned char shared[gradient_shared_bytes(kind) + 16];
+  Warp warp;
+  finish_with_gradient<kind>(f, warp, shared);
+}
+
+template <Gradient kind>
+__global__ void __launch_bounds__(kGradientThreads) gather_kernel(const Finish f, uint32_t blocks_x) {
+  gather<kind>(f, Warp{}, blockIdx.x % blocks_x, blockIdx.x / blocks_x);
+}
+
+template <Gradient kind>
+void launch_gradient(const Finish& f, cudaStream_t on) {
+  const auto chunks = uint32_t(chunks_of(f.batch));
+  if (index_bytes(f)) index_kernel<<<chunks, kGradientThreads, 0, on>>>(f);
+  const dim3 grid(uint32_t((f.outputs + kLanes - 1) / kLanes), chunks);
+  gradient_kernel<kind><<<grid, gradient_threads(f), 0, on>>>(f);
+  if constexpr (kind != Gradient::of_each)
+    if (const int64_t rows = gather_rows(f)) {
+      const int64_t blocks_x = gather_blocks_x(f);
+      gather_kernel<kind><<<uint32_t(blocks_x * rows), kGradientThreads, 0, on>>>(f, uint32_t(blocks_x));
+    }
 }
 
 }  // namespace
 
 int launch_finish(const Finish& f, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  if (f.gain_grad.data)
-    finish_gradient_kernel<<<uint32_t((f.outputs + kLanes - 1) / kLanes), kThreads, 0, on>>>(f);
-  else
-    finish_kernel<<<uint32_t((f.batch * f.outputs + kFinishThreads - 1) / kFinishThreads), kFinishThreads, 0,
-                    on>>>(f);
+  if (f.gain_grad.data) {
+    switch (gradient_of(f)) {
+      case Gradient::of_one: launch_gradient<Gradient::of_one>(f, on); break;
+      case Gradient::of_each: launch_gradient<Gradient::of_each>(f, on); break;
+      case Gradient::by_context: launch_gradient<Gradient::by_context>(f, on); break;
+    }
+  } else if (rows_at_once(f) == 1) {
+    launch_product<1>(f, on);
+  } else {
+    launch_product<kRowsAtOnce>(f, on);
+  }
   return cudaGetLastError();
 }
 

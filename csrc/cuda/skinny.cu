@@ -48,15 +48,14 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_kernel(const Product p) {
 
 struct Launch {
   const Dense& call;
-  float* partial;
+  void* scratch;
   cudaStream_t stream;
 
   template <class C>
   cudaError_t operator()() const {
     using Patch = typename C::Patch;
     Plan plan = plan_of<C>(call);
-    plan.product.partial = partial;
-    plan.finish.partial = partial;
+    place(plan, scratch);
     const auto kernel = skinny_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kParts>;
     if constexpr (C::kSharedBytes > 48 << 10) {  // more than a kernel gets unasked
       const cudaError_t error =
@@ -86,7 +85,7 @@ int64_t skinny_scratch(const Dense& call) {
 
 int skinny_product(const Dense& call, void* scratch, void* stream) {
   if (call.batch == 0 || call.outputs() == 0) return cudaSuccess;
-  return with_config(call, Launch{call, static_cast<float*>(scratch), static_cast<cudaStream_t>(stream)});
+  return with_config(call, Launch{call, scratch, static_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace nmkern::cuda

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "dense.h"
+#include "gradient.h"
 #include "skinny_kernel.h"
 
 namespace nmkern::cuda {
@@ -16,14 +17,24 @@ namespace nmkern::cuda {
 constexpr int64_t kBlocks = 264;
 constexpr int64_t kLeastReduction = 256;
 
+constexpr int64_t kAlignment = 64;  // bytes of what lies in scratch
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 struct Plan {
   Product product;
   Finish finish;
   int64_t blocks_x, splits, blocks_z;
-  int64_t scratch_bytes() const { return splits * product.batch * product.partial_stride * 4; }
+  int64_t partial_bytes() const { return aligned_up(splits * product.batch * product.partial_stride * 4); }
+  int64_t scratch_bytes() const { return partial_bytes() + index_bytes(finish); }
 };
+
+// Where the plan's scratch lies, which is aligned to kAlignment.
+inline void place(Plan& plan, void* scratch) {
+  plan.product.partial = plan.finish.partial = static_cast<float*>(scratch);
+  plan.finish.index = static_cast<unsigned char*>(scratch) + plan.partial_bytes();
+}
 
 inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64_t skip) {
   Finish f{};

@@ -14,14 +14,14 @@ namespace nmkern::cuda {
 constexpr int64_t kWideBlocks = 132;
 constexpr int64_t kWideLeastReduction = 512;
 constexpr int64_t kBatchRows = 128;
-constexpr int64_t kAlignment = 64;  // bytes of what lies in scratch
+static_assert(kBatchRows <= kChunkRows, "the least part takes no index");
 
 struct WidePlan {
   WideProduct product;
   Pack pack;
   bool packed;
   int64_t splits, pack_bytes, partial_bytes;
-  int64_t scratch_bytes() const { return pack_bytes + partial_bytes; }
+  int64_t scratch_bytes() const { return pack_bytes + partial_bytes + index_bytes(product.finish); }
 };
 
 template <class C>
@@ -41,10 +41,20 @@ WidePlan wide_plan_of(const Dense& call) {
   p.turns = ceil_div(p.reduction, C::kTurn);
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
+  if (plan.packed) {
+    plan.pack = {call.x, call.in_gain, call.context, call.batch, call.inputs(), reduction_skip, nullptr, p.reduction};
+    plan.pack_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
+    p.x_row_stride = p.reduction;
+    p.x_part_stride = call.batch * p.reduction;
+  } else {
+    p.x = static_cast<const uint16_t*>(call.x.data);
+    p.x_row_stride = call.x.row_stride;
+  }
+  const int64_t left = call.most_scratch - plan.pack_bytes - index_bytes(finish_of(call, 1, stride, output_skip));
   const int64_t wanted = std::max<int64_t>(
       1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
                    p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
-                   call.most_scratch / (4 * call.batch * stride)}));
+                   left / aligned_up(4 * call.batch * stride)}));
   p.split_turns = ceil_div(p.turns, wanted);
   plan.splits = ceil_div(p.turns, p.split_turns);
   p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
@@ -54,19 +64,8 @@ WidePlan wide_plan_of(const Dense& call) {
   p.output_patch = uint32_t(out / C::kPatchOutputs);
   p.partial_stride = stride;
   p.finish = finish_of(call, plan.splits, stride, output_skip);
-
-  const auto aligned = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
-  if (plan.packed) {
-    plan.pack = {call.x, call.in_gain, call.context, call.batch, call.inputs(), reduction_skip, nullptr, p.reduction};
-    plan.pack_bytes = aligned(C::kParts * call.batch * p.reduction * 2);
-    p.x_row_stride = p.reduction;
-    p.x_part_stride = call.batch * p.reduction;
-  } else {
-    p.x = static_cast<const uint16_t*>(call.x.data);
-    p.x_row_stride = call.x.row_stride;
-  }
   if (plan.splits > 1 || call.gain_grad.data || !in_fours(p.finish))
-    plan.partial_bytes = aligned(plan.splits * call.batch * stride * 4);
+    plan.partial_bytes = aligned_up(plan.splits * call.batch * stride * 4);
   return plan;
 }
 
@@ -80,6 +79,7 @@ inline void place(WidePlan& plan, void* scratch) {
   if (plan.partial_bytes) {
     plan.product.partial = reinterpret_cast<float*>(at + plan.pack_bytes);
     plan.product.finish.partial = plan.product.partial;
+    plan.product.finish.index = at + plan.pack_bytes + plan.partial_bytes;
   }
 }
 
@@ -89,8 +89,11 @@ int64_t wide_rows(const Dense& call) {
   Dense one = call;
   one.batch = std::min(call.batch, kBatchRows);
   const WidePlan plan = wide_plan_of<C>(one);
-  const bool summed = call.gain_grad.data || !in_fours(plan.product.finish);
-  const int64_t bytes = plan.pack_bytes / one.batch + (summed ? plan.product.partial_stride * 4 : 0);
+  const Finish& finish = plan.product.finish;
+  const bool gradient = call.gain_grad.data, indexed = gradient && gradient_of(finish) == Gradient::by_context;
+  const int64_t index = indexed ? ceil_div(chunk_index_bytes(finish), kChunkRows) : 0;
+  const int64_t sums = gradient || !in_fours(finish) ? plan.product.partial_stride * 4 : 0;
+  const int64_t bytes = plan.pack_bytes / one.batch + sums + index;
   if (bytes == 0) return call.batch;
   return std::min(call.batch, std::max(call.most_scratch / bytes / kBatchRows, int64_t{1}) * kBatchRows);
 }
@@ -147,7 +150,9 @@ auto with_wide_config(const Dense& call, const Use& use) {
 
 template <class C>
 int64_t wide_scratch_of(const Dense& call) {
-  return wide_plan_of<C>(part_of(call, 0, wide_rows<C>(call))).scratch_bytes();
+  const int64_t most = wide_rows<C>(call), last = (call.batch - 1) % most + 1;  // fewer rows may be split more
+  const auto bytes = [&](int64_t rows) { return wide_plan_of<C>(part_of(call, 0, rows)).scratch_bytes(); };
+  return std::max(bytes(most), bytes(last));
 }
 
 // use(plan) for each part of the batch, until one has an error; `scratch` is aligned to kAlignment.

@@ -43,7 +43,7 @@ int64_t wide_scratch(const Dense& call) {
 int skinny_product(const Dense& call, void* scratch, void* stream) {
   if (const int error = simulated_launch(scratch, stream)) return error;
   if (call.batch)
-    with_config(call, [&]<class C>() { run_product<C>(call, static_cast<float*>(scratch)); });
+    with_config(call, [&]<class C>() { run_product<C>(call, scratch); });
   return 0;
 }
 

@@ -1,6 +1,8 @@
 // Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact
-// reference, and the second call's bits the first one's. Scratch starts as NaN. Prints the number of cases.
+// reference, and the second call's bits the first one's. Scratch starts as NaN. Then those of finish_cases.h, which
+// promise an order. Prints the number of cases.
 #include "device_runs.h"
+#include "finish_cases.h"
 #include "skinny_cases.h"
 
 namespace {
@@ -51,5 +53,9 @@ int main() {
     const auto run = [&](const Dense& call) { execute(kernel, call); };
     cases += check_all(run) + check_large(run);
   }
+  cases += check_all_finishes([](const Finish& f) {
+    must(launch_finish(f, nullptr));
+    must(cudaDeviceSynchronize());
+  });
   std::printf("%lld cases\n", (long long)cases);
 }

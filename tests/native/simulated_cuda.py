@@ -150,7 +150,7 @@ def check_larger_batches_by_wgmma(library):
     """Where there is wgmma, none is Triton's; as small ones, in every layout that x may have."""
     library.simulated_wgmma(1)
     before, calls = library.simulated_wide_products(), 0
-    for number, (contexts, rows) in enumerate(((1, 17), (40, 40), (T, 70), (1, 129))):
+    for number, (contexts, rows) in enumerate(((1, 17), (40, 40), (T, 70), (1, 129), (T, 300))):
         g = generator(number)
         matrix = exact_matrix("uniform", 21, 48)
         weights = stored_weights(matrix)

@@ -39,8 +39,7 @@ struct Simulate {
     kernels.insert(name);
     const Plan plan = plan_of<C>(call);
     most_splits = std::max(most_splits, plan.splits);
-    std::vector<float> scratch(plan.scratch_bytes() / 4 + 4);
-    run_product<C>(call, reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 15) & ~15ul));
+    run_product<C>(call, AlignedScratch(plan.scratch_bytes()).data);
   }
 };
 

@@ -54,6 +54,7 @@ struct Case {
   Grad grad = Grad::none;
   bool product = true;     // with grad: is y wanted
   int64_t most_scratch = Dense{}.most_scratch;
+  int64_t contexts = 3;
 };
 
 // The exact product by the definition; every step of it is an integer below 2^24.
@@ -90,7 +91,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
       store_exact(data, c.dtype, at, float(x[at]));
     }
 
-  const int64_t contexts = 3;
+  const int64_t contexts = c.contexts;
   Buffer<float> in_gain(contexts * c.inputs), out_gain(c.batch * c.outputs), bias(c.outputs);
   Buffer<int64_t> context(c.batch);
   for (float& v : in_gain) v = float(integer(c.grad == Grad::none ? 300 : 3));
@@ -244,6 +245,10 @@ int64_t check_large(const Execute& execute) {
       for (Grad grad : {Grad::one, Grad::each, Grad::context})
         for (int64_t batch : {257, 300})  // three parts
           run({family, transposed, 3, 6, 40, 70, batch, Dtype::bfloat16, batch == 300, 0, 1, grad, true, 1});
+      for (Grad grad : {Grad::one, Grad::each, Grad::context})  // two parts of several chunks
+        run({family, transposed, 3, 6, 40, 70, 550, Dtype::bfloat16, false, 0, 1, grad, true, 500000});
+      for (int64_t contexts : {100, 700})  // one part; more contexts than rows
+        run({family, transposed, 3, 6, 40, 9, 300, Dtype::float32, true, 0, 1, Grad::context, true, 1 << 20, contexts});
     }
   return cases;
 }

@@ -81,26 +81,63 @@ struct HostLane : HostThread {
   }
 };
 
+struct AlignedScratch {
+  static constexpr uint32_t kGuard = 0x5A17F00D;
+  std::vector<unsigned char> storage;
+  unsigned char* data;
+  int64_t bytes;
+
+  explicit AlignedScratch(int64_t bytes) : storage(bytes + kAlignment + 4), bytes(bytes) {
+    data = reinterpret_cast<unsigned char*>(aligned_up(int64_t(reinterpret_cast<uintptr_t>(storage.data()))));
+    std::memcpy(data + bytes, &kGuard, 4);
+  }
+  ~AlignedScratch() {
+    if (std::memcmp(data + bytes, &kGuard, 4)) fail("scratch is written past its end");
+  }
+};
+
+// The stages of a gradient, as launch_gradient.
+template <Gradient kind>
+void run_gradient(const Finish& f) {
+  const auto chunks = uint32_t(chunks_of(f.batch));
+  const auto outputs = uint32_t(ceil_div(f.outputs, kLanes));
+  for (uint32_t x = 0; index_bytes(f) && x < chunks; ++x)
+    run_threads<HostLane>(kGradientThreads, sizeof(IndexShared), x, 0, 0,
+                          [&](HostLane& lane, unsigned char* shared) { index_rows(f, lane, shared); });
+  for (uint32_t block = outputs * chunks; block-- > 0;)
+    run_threads<HostLane>(gradient_threads(f), gradient_shared_bytes(kind), block % outputs, block / outputs, 0,
+                          [&](HostLane& lane, unsigned char* shared) {
+                            finish_with_gradient<kind>(f, lane, shared);
+                          });
+  if constexpr (kind != Gradient::of_each) {
+    WarpBlock none(kGradientThreads, 0, 0, 0);
+    for (int64_t y = gather_rows(f); y-- > 0;)
+      for (int64_t x = 0; x < gather_blocks_x(f); ++x)
+        for (int thread = 0; thread < kGradientThreads; ++thread) gather<kind>(f, HostLane(none, thread), x, y);
+  }
+}
+
 // The second stage, as launch_finish.
 inline void run_finish(const Finish& f) {
   if (f.gain_grad.data) {
-    for (uint32_t x = 0; x < ceil_div(f.outputs, kLanes); ++x)
-      run_threads<HostLane>(kThreads, kFinishRows * kLanes * 4, x, 0, 0, [&](HostLane& lane, unsigned char* shared) {
-        finish_with_gradient(f, lane, reinterpret_cast<float*>(shared));
-      });
-    return;
+    switch (gradient_of(f)) {
+      case Gradient::of_one: return run_gradient<Gradient::of_one>(f);
+      case Gradient::of_each: return run_gradient<Gradient::of_each>(f);
+      case Gradient::by_context: return run_gradient<Gradient::by_context>(f);
+    }
   }
-  for (int64_t m = 0; m < f.batch; ++m)
-    for (int64_t n = 0; n < f.outputs; ++n) finish_one<HostLane>(f, m, n, unmodulated<HostLane>(f, m, n));
+  WarpBlock none(kThreads, 0, 0, 0);
+  const bool one = rows_at_once(f) == 1;
+  for (int64_t at = 0; at < (one ? f.batch : ceil_div(f.batch, kRowsAtOnce)) * f.outputs; ++at)
+    one ? finish_thread<1>(f, HostLane(none, 0), at) : finish_thread<kRowsAtOnce>(f, HostLane(none, 0), at);
 }
 
-// The product of a call with `partial`, 16-byte aligned, for its partial sums.
+// The product of a call; `scratch` is aligned.
 template <class C>
-void run_product(const Dense& call, float* partial) {
+void run_product(const Dense& call, void* scratch) {
   Plan plan = plan_of<C>(call);
-  std::fill_n(partial, plan.scratch_bytes() / 4, std::numeric_limits<float>::quiet_NaN());
-  plan.product.partial = partial;
-  plan.finish.partial = partial;
+  std::memset(scratch, 0xFF, plan.scratch_bytes());
+  place(plan, scratch);
   for (uint32_t z = 0; z < plan.blocks_z; ++z)
     for (uint32_t y = 0; y < plan.splits; ++y)
       for (uint32_t x = 0; x < plan.blocks_x; ++x)

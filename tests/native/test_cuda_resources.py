@@ -24,8 +24,9 @@ needs_library = pytest.mark.skipif(
 @pytest.mark.parametrize("arch", cuda_resources.ARCHS)
 def test_kernels_are_within_the_committed_resources(arch):
     found = cuda_resources.measure(arch)
-    assert len(found) == (82 if arch == "90a" else 44)
+    assert len(found) == (88 if arch == "90a" else 50)
     assert {name: row["spilled_bytes"] for name, row in found.items() if row["spilled_bytes"]} == {}
+    assert min(row["loads_at_once"] for row in found.values() if "loads_at_once" in row) >= 8
     if (version := cuda_resources.compiler()) != TABLE["nvcc"]:
         pytest.skip(f"the table holds figures of nvcc {TABLE['nvcc']}, this is {version}")
     assert found.keys() == {name for name in TABLE if name.startswith(f"sm_{arch} ")}
@@ -49,8 +50,21 @@ def test_wgmma_takes_generated_weights_from_registers(name):
     assert row["waits_for_all"] == row["hazards"] == 0
 
 
+@pytest.mark.parametrize("name", [name for name in TABLE if "finish" in name and "index" not in name])
+def test_the_second_stage_has_eight_loads_in_flight(name):
+    """Of rows, or of splits: a turn takes eight times as long where the compiler lets them wait in line."""
+    assert TABLE[name]["loads_at_once"] >= 8
+
+
 def test_every_large_batch_kernel_is_in_the_table():
     assert sum(name.endswith("wgmma") for name in TABLE) == 36
+
+
+def test_loads_that_wait_for_each_other_are_found():
+    load, add = "LDG.E R1, desc[UR4][R2.64] ;\n", "FADD R0, R0, R1 ;\n"
+    assert cuda_resources._loads_at_once(8 * load + 8 * add) == 8
+    assert cuda_resources._loads_at_once(8 * load + "@P0 BRA `(.L_x_1) ;\n" + 8 * (load + add)) == 1
+    assert cuda_resources._loads_at_once(9 * load + ".L_x_1:\n" + 7 * (load + add)) == 9
 
 
 def test_a_write_into_what_wgmma_reads_is_found():

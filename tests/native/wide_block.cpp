@@ -11,7 +11,8 @@ struct Simulate {
   const Dense& call;
   std::set<std::string>& kernels;
   int64_t& most_splits;
-  int64_t& direct;  // cases whose sums become y at once
+  int64_t& direct;   // cases whose sums become y at once
+  int64_t& indexed;  // parts of several chunks, with a gradient by context
 
   template <class C>
   void operator()() const {
@@ -22,9 +23,16 @@ struct Simulate {
     kernels.insert(name);
     direct += wide_plan_of<C>(call).partial_bytes == 0;
     most_splits = std::max(most_splits, wide_plan_of<C>(call).splits);
-    std::vector<unsigned char> scratch(wide_scratch_of<C>(call) + kAlignment);
-    const auto at = reinterpret_cast<uintptr_t>(scratch.data());
-    run_wide<C>(call, reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment));
+    AlignedScratch scratch(wide_scratch_of<C>(call));
+    Dense least = part_of(call, 0, std::min(call.batch, kBatchRows));
+    least.most_scratch = 0;
+    if (scratch.bytes > std::max(call.most_scratch, wide_plan_of<C>(least).scratch_bytes()))
+      fail("scratch is more than its limit");
+    for_each_part<C>(call, scratch.data, [&](const WidePlan& plan) {
+      indexed += index_bytes(plan.product.finish) > 0 && wide_rows<C>(call) < call.batch;
+      return 0;
+    });
+    run_wide<C>(call, scratch.data);
   }
 };
 
@@ -32,11 +40,14 @@ struct Simulate {
 
 int main() {
   std::set<std::string> kernels;
-  int64_t most_splits = 0, direct = 0;
-  const auto execute = [&](const Dense& call) { with_wide_config(call, Simulate{call, kernels, most_splits, direct}); };
+  int64_t most_splits = 0, direct = 0, indexed = 0;
+  const auto execute = [&](const Dense& call) {
+    with_wide_config(call, Simulate{call, kernels, most_splits, direct, indexed});
+  };
   const int64_t cases = check_all(execute) + check_large(execute);
   if (most_splits < 2) fail("no case splits the reduction");
   if (direct == 0 || direct == cases) fail("all cases end alike");
+  if (indexed < 2) fail("no part has several chunks and contexts");
   if (kernels.size() != 36) fail("not every kernel ran: " + std::to_string(kernels.size()));
   std::printf("%lld cases, %zu kernels\n", (long long)cases, kernels.size());
 }
