@@ -1,8 +1,7 @@
 // The second stage on the device; finish.h and gradient.h have what it computes.
-#include "gradient.h"
-
 #include <cuda_runtime_api.h>
 
+#include "gradient.h"
 #include "machine.h"
 
 namespace nmkern::cuda {
@@ -10,8 +9,8 @@ namespace {
 
 constexpr int kFinishThreads = 256;
 
-// Five blocks a multiprocessor, or three of eight rows a thread: left to choose, ptxas took registers for four of
-// the former.
+// Five blocks a multiprocessor, or three of eight rows a thread: left to choose, ptxas took registers for
+// four of the former.
 template <int rows>
 __global__ void __launch_bounds__(kFinishThreads, rows == 1 ? 5 : 3) finish_kernel(const Finish f) {
   finish_thread<rows>(f, Warp{}, int64_t{blockIdx.x} * kFinishThreads + threadIdx.x);
@@ -30,8 +29,8 @@ __global__ void __launch_bounds__(kGradientThreads) index_kernel(const Finish f)
   index_rows(f, warp, shared);
 }
 
-// Three blocks a multiprocessor: left to choose, ptxas aimed at four, and with 64 registers let most loads of a
-// turn wait for each other.
+// Three blocks a multiprocessor: left to choose, ptxas aimed at four, and with 64 registers let most loads of
+// a turn wait for each other.
 template <Gradient kind>
 __global__ void __launch_bounds__(kGradientThreads, 3) gradient_kernel(const Finish f) {
   __shared__ __align__(16) unsigned char shared[gradient_shared_bytes(kind) + 16];
@@ -63,9 +62,15 @@ int launch_finish(const Finish& f, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   if (f.gain_grad.data) {
     switch (gradient_of(f)) {
-      case Gradient::of_one: launch_gradient<Gradient::of_one>(f, on); break;
-      case Gradient::of_each: launch_gradient<Gradient::of_each>(f, on); break;
-      case Gradient::by_context: launch_gradient<Gradient::by_context>(f, on); break;
+      case Gradient::of_one:
+        launch_gradient<Gradient::of_one>(f, on);
+        break;
+      case Gradient::of_each:
+        launch_gradient<Gradient::of_each>(f, on);
+        break;
+      case Gradient::by_context:
+        launch_gradient<Gradient::by_context>(f, on);
+        break;
     }
   } else if (rows_at_once(f) == 1) {
     launch_product<1>(f, on);

@@ -1,5 +1,5 @@
-// The second stage of a dense product: sums of the splits and the modulation. gradient.h has the same with the
-// gradient of a gain.
+// The second stage of a dense product: sums of the splits and the modulation. gradient.h has the same with
+// the gradient of a gain.
 //
 //   z[m, n] = factor * sum_s partial[s, m, n]                                      (unmodulated)
 //   y[m, n] = z[m, n] * out_gain[c, n] + bias[c, n]                                (finish_rows)
@@ -17,7 +17,7 @@ constexpr int kLoads = 16;      // of partial sums that a thread has in flight
 constexpr int kRowsAtOnce = 8;  // of a large batch
 
 struct Finish {
-  float* partial;  // the gradient's stages write sums over the one that they have read
+  float* partial;                        // the gradient's stages write sums over the one that they have read
   int64_t splits, partial_stride, skip;  // skip: outputs of the first patch before the matrix
   int64_t batch, outputs;
   float factor;
@@ -82,7 +82,8 @@ NMKERN_DEVICE void load_vectors(const Finish& f, const Bank& bank, int64_t first
 }
 
 template <int count>
-NMKERN_DEVICE void store_rows(const Matrix& a, int64_t first, int rows, int64_t n, const float (&value)[count]) {
+NMKERN_DEVICE void store_rows(const Matrix& a, int64_t first, int rows, int64_t n,
+                              const float (&value)[count]) {
   const int64_t at = first * a.row_stride + n * a.col_stride;
   if (a.dtype == Dtype::float32) {
     float* to = static_cast<float*>(a.data) + at;

@@ -11,8 +11,8 @@
 // them up; by context, index_rows has told it where they are, and the blocks which rows belong together.
 //
 // Invariant: bits are a function of shapes and contexts; there are no atomics. The sum of a chunk is that of
-// its eight warps upward, each of its rows upward (gain_grad of one row), or of the context's rows upward; the
-// chunks' are added upward to what is there.
+// its eight warps upward, each of its rows upward (gain_grad of one row), or of the context's rows upward;
+// the chunks' are added upward to what is there.
 #pragma once
 
 #include "finish.h"
@@ -30,8 +30,8 @@ inline Gradient gradient_of(const Finish& f) {
   return f.gain_grad.rows == 1 ? Gradient::of_one : f.context ? Gradient::by_context : Gradient::of_each;
 }
 
-// The rows of a chunk by context: order has them sorted, each context's upward; count and start are those of a
-// context at its first row, count is 0 elsewhere.
+// The rows of a chunk by context: order has them sorted, each context's upward; count and start are those of
+// a context at its first row, count is 0 elsewhere.
 struct RowGroups {
   uint8_t order[kChunkRows], start[kChunkRows], count[kChunkRows];
 };
@@ -72,8 +72,8 @@ NMKERN_DEVICE float* partial_at(const Finish& f, int64_t m, int64_t n) {
   return f.partial + m * f.partial_stride + f.skip + n;
 }
 
-// The groups of a chunk's rows: of thread i, row i, which has context `mine`. Shared memory `context` has them
-// afterwards, in range.
+// The groups of a chunk's rows: of thread i, row i, which has context `mine`. Shared memory `context` has
+// them afterwards, in range.
 template <class Machine>
 NMKERN_DEVICE void group_rows(const Finish& f, Machine& machine, int rows, int64_t mine, int64_t* context,
                               RowGroups& groups) {
@@ -152,7 +152,8 @@ NMKERN_DEVICE void values_of(Dtype dtype, const uint32_t (&bits)[count], float (
 
 // Output n of the rows [first, first + rows), at most `count`: y, and other * z.
 template <class Machine, int count>
-NMKERN_DEVICE void product_rows(const Finish& f, int64_t first, int rows, int64_t n, float (&product)[count]) {
+NMKERN_DEVICE void product_rows(const Finish& f, int64_t first, int rows, int64_t n,
+                                float (&product)[count]) {
   const bool modulated = f.y.data && f.out_gain.data;
   float gain[count] = {}, z[count];
   uint32_t bits[count];
@@ -211,7 +212,8 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
     for (int i = 0; i < int(sizeof product / sizeof product[0]); ++i) {
       if (i >= left) continue;
       if constexpr (kind == Gradient::of_one) sum = Machine::rounded_sum(sum, product[i]);
-      if constexpr (kind == Gradient::of_each) f.gain_grad.data[(first + row + i) * f.outputs + n] = product[i];
+      if constexpr (kind == Gradient::of_each)
+        f.gain_grad.data[(first + row + i) * f.outputs + n] = product[i];
       if constexpr (kind == Gradient::by_context) memory.product[(row + i) * kLanes + lane] = product[i];
     }
   };
@@ -255,7 +257,8 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
       const uint8_t* order = memory.groups.order + memory.groups.start[row];
       sum = memory.product[row * kLanes + lane];
 #pragma unroll 8
-      for (int i = 1; i < count; ++i) sum = Machine::rounded_sum(sum, memory.product[order[i] * kLanes + lane]);
+      for (int i = 1; i < count; ++i)
+        sum = Machine::rounded_sum(sum, memory.product[order[i] * kLanes + lane]);
       if (only) {
         float* to = f.gain_grad.data + memory.context[row] * f.outputs + n;
         *to = Machine::rounded_sum(*to, sum);
@@ -266,8 +269,8 @@ NMKERN_DEVICE void finish_with_gradient(const Finish& f, Machine& machine, unsig
   }
 }
 
-// Block (x, y) takes outputs 256 x and on, of row y of gain_grad; or where rows are fewer than contexts, of the
-// context of row y of the batch, if it is the context's first.
+// Block (x, y) takes outputs 256 x and on, of row y of gain_grad; or where rows are fewer than contexts, of
+// the context of row y of the batch, if it is the context's first.
 template <Gradient kind, class Machine>
 NMKERN_DEVICE void gather(const Finish& f, const Machine& machine, int64_t block_x, int64_t block_y) {
   const int64_t n = block_x * kGradientThreads + machine.thread();
@@ -284,9 +287,7 @@ NMKERN_DEVICE void gather(const Finish& f, const Machine& machine, int64_t block
     float part[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i)
-      row[i] = i >= left                       ? kAbsent
-               : kind == Gradient::by_context  ? contexts_of(f, first + i)[to_row]
-                                               : 0;
+      row[i] = i >= left ? kAbsent : kind == Gradient::by_context ? contexts_of(f, first + i)[to_row] : 0;
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i)
       part[i] = row[i] == kAbsent ? 0 : *partial_at(f, (first + i) * kChunkRows + row[i], n);

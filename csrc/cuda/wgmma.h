@@ -18,8 +18,8 @@ namespace nmkern::cuda {
 
 constexpr uint32_t kLeading = 128, kStride = 256;
 
-// The matrix descriptor of shared memory from `address` on, addresses and distances in units of 16 bytes: bits
-// 0-13 and 16-29, and in its upper half bits 32-45. A distance of d bytes is d / 16 more.
+// The matrix descriptor of shared memory from `address` on, addresses and distances in units of 16 bytes:
+// bits 0-13 and 16-29, and in its upper half bits 32-45. A distance of d bytes is d / 16 more.
 NMKERN_HOST_DEVICE constexpr uint32_t descriptor_low(uint32_t address) {
   return address >> 4 | kLeading >> 4 << 16;
 }
@@ -35,7 +35,8 @@ constexpr uint32_t kDescriptorHigh = kStride >> 4;
 
 __device__ __forceinline__ void multiply(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%20, %21};\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%20, "
+      "%21};\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
       "{%16, %17, %18, %19}, b, p, 1, 1, 0;\n}"
       : NMKERN_TILES_4(d, 0)
@@ -44,7 +45,8 @@ __device__ __forceinline__ void multiply(float (&d)[4][4], const uint32_t (&a)[4
 
 __device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%36, %37};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%36, "
+      "%37};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
       "{%32, %33, %34, %35}, b, p, 1, 1, 0;\n}"
@@ -54,7 +56,8 @@ __device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4
 
 __device__ __forceinline__ void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b) {
   asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%68, %69};\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%68, "
+      "%69};\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
@@ -71,9 +74,7 @@ __device__ __forceinline__ void multiply(float (&d)[16][4], const uint32_t (&a)[
 
 // Orders the registers that wgmma takes after what wrote them.
 __device__ __forceinline__ void begin_group() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_group() {
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most `most` groups are at work.
 template <int most>
 __device__ __forceinline__ void wait_groups() {

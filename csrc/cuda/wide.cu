@@ -1,9 +1,8 @@
 // The large-batch kernels on the device, and their launcher; wide_kernel.h has what they compute, wide_plan.h
 // which of them serves a call. They exist for sm_90a alone.
-#include "dense.h"
-
 #include <cuda_runtime_api.h>
 
+#include "dense.h"
 #include "device.h"
 #include "machine.h"
 #include "wgmma.h"
@@ -90,7 +89,8 @@ struct Hopper : Warp {
   template <int tiles>
   NMKERN_DEVICE void hold(float (&d)[2][tiles][4]) const {
 #pragma unroll
-    for (int i = 0; i < 8 * tiles; ++i) asm volatile("" : "+f"(d[i / 4 / tiles][i / 4 % tiles][i % 4])::"memory");
+    for (int i = 0; i < 8 * tiles; ++i)
+      asm volatile("" : "+f"(d[i / 4 / tiles][i / 4 % tiles][i % 4])::"memory");
   }
 
   NMKERN_DEVICE uint32_t operand(const unsigned char* shared) const {

@@ -43,7 +43,7 @@ struct WideProduct {
   int64_t turns;             // of the whole reduction
   int64_t split_turns;       // of a split
   int64_t output_blocks, batch_blocks, tiles;
-  float* partial;            // [splits, M, partial_stride], or null: the sums become y, if in_fours says so
+  float* partial;  // [splits, M, partial_stride], or null: the sums become y, if in_fours says so
   int64_t partial_stride;
   Finish finish;
 };
@@ -128,9 +128,9 @@ inline bool in_fours(const Finish& f) {
   const auto aligned = [](const void* data, uintptr_t bytes) {
     return reinterpret_cast<uintptr_t>(data) % bytes == 0;
   };
-  return f.y.data && f.y.col_stride == 1 && f.y.row_stride % 4 == 0 && f.outputs % 4 == 0 && f.skip % 4 == 0 &&
-         aligned(f.y.data, f.y.dtype == Dtype::float32 ? 16 : 8) && aligned(f.out_gain.data, 16) &&
-         aligned(f.bias.data, 16);
+  return f.y.data && f.y.col_stride == 1 && f.y.row_stride % 4 == 0 && f.outputs % 4 == 0 &&
+         f.skip % 4 == 0 && aligned(f.y.data, f.y.dtype == Dtype::float32 ? 16 : 8) &&
+         aligned(f.out_gain.data, 16) && aligned(f.bias.data, 16);
 }
 
 // The tile that a block takes: which outputs, rows and turns. Outputs run fastest, so that blocks at work at
@@ -159,7 +159,8 @@ NMKERN_DEVICE void produce_part(const Machine& machine, const uint16_t* x, int64
   using Patch = typename C::Patch;
   constexpr int kPieces = Patch::kReduction / 4;
   // Batch tiles whose loads are in flight at once: up to 64 registers.
-  constexpr int kFit = 64 / (2 * kPieces * C::kTurnSteps), kAtOnce = kFit < C::kBatchTiles ? kFit : C::kBatchTiles;
+  constexpr int kFit = 64 / (2 * kPieces * C::kTurnSteps),
+                kAtOnce = kFit < C::kBatchTiles ? kFit : C::kBatchTiles;
   static_assert(C::kBatchTiles % kAtOnce == 0);
 #pragma unroll 1
   for (int first = 0; first < C::kBatchTiles; first += kAtOnce) {
@@ -197,7 +198,8 @@ NMKERN_DEVICE void produce_turn(const WideProduct& p, const Machine& machine, co
   const int64_t m = tile.batch_block * (8 * C::kBatchTiles) + b_col(lane);
   const int64_t first = (tile.first_turn + turn) * C::kTurn;
   const int64_t k = first + place_of(lane) * C::Patch::kReduction;
-  const bool whole = (tile.batch_block + 1) * (8 * C::kBatchTiles) <= p.batch && first + C::kTurn <= p.reduction;
+  const bool whole =
+      (tile.batch_block + 1) * (8 * C::kBatchTiles) <= p.batch && first + C::kTurn <= p.reduction;
   const uint16_t* x = p.x + m * p.x_row_stride + k;
   unsigned char* to = stage + lane * 4;
 #pragma unroll 1
@@ -312,7 +314,8 @@ NMKERN_DEVICE void consume(const WideProduct& p, Machine& machine, int warpgroup
   for (int64_t index = machine.block_x(); index < p.tiles; index += machine.blocks()) {
     const WideTile tile = wide_tile(p, index);
     constexpr int kSliceBlocks = C::kSlices / C::kBlockSlices;
-    const int slice = int(tile.output_block % kSliceBlocks) * C::kBlockSlices + (C::kBlockSlices > 1) * warpgroup;
+    const int slice =
+        int(tile.output_block % kSliceBlocks) * C::kBlockSlices + (C::kBlockSlices > 1) * warpgroup;
     const int64_t patch = tile.output_block / kSliceBlocks * C::kBlockPatches +
                           (C::kBlockSlices > 1 ? 0 : warpgroup) * C::kWarpgroupPatches + warp * kQuads +
                           quad_of(lane);

@@ -10,7 +10,8 @@
 namespace nmkern::cuda {
 
 // Blocks that a split aims at, one for each of an H100's 132 multiprocessors, and the least reduction that is
-// worth a block. A batch whose scratch would take more than call.most_scratch is taken in parts of kBatchRows.
+// worth a block. A batch whose scratch would take more than call.most_scratch is taken in parts of
+// kBatchRows.
 constexpr int64_t kWideBlocks = 132;
 constexpr int64_t kWideLeastReduction = 512;
 constexpr int64_t kBatchRows = 128;
@@ -42,7 +43,8 @@ WidePlan wide_plan_of(const Dense& call) {
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
   if (plan.packed) {
-    plan.pack = {call.x, call.in_gain, call.context, call.batch, call.inputs(), reduction_skip, nullptr, p.reduction};
+    plan.pack = {call.x,        call.in_gain,   call.context, call.batch,
+                 call.inputs(), reduction_skip, nullptr,      p.reduction};
     plan.pack_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
     p.x_row_stride = p.reduction;
     p.x_part_stride = call.batch * p.reduction;
@@ -50,11 +52,12 @@ WidePlan wide_plan_of(const Dense& call) {
     p.x = static_cast<const uint16_t*>(call.x.data);
     p.x_row_stride = call.x.row_stride;
   }
-  const int64_t left = call.most_scratch - plan.pack_bytes - index_bytes(finish_of(call, 1, stride, output_skip));
-  const int64_t wanted = std::max<int64_t>(
-      1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
-                   p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
-                   left / aligned_up(4 * call.batch * stride)}));
+  const int64_t left =
+      call.most_scratch - plan.pack_bytes - index_bytes(finish_of(call, 1, stride, output_skip));
+  const int64_t wanted =
+      std::max<int64_t>(1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
+                                     p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
+                                     left / aligned_up(4 * call.batch * stride)}));
   p.split_turns = ceil_div(p.turns, wanted);
   plan.splits = ceil_div(p.turns, p.split_turns);
   p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
@@ -90,7 +93,8 @@ int64_t wide_rows(const Dense& call) {
   one.batch = std::min(call.batch, kBatchRows);
   const WidePlan plan = wide_plan_of<C>(one);
   const Finish& finish = plan.product.finish;
-  const bool gradient = call.gain_grad.data, indexed = gradient && gradient_of(finish) == Gradient::by_context;
+  const bool gradient = call.gain_grad.data,
+             indexed = gradient && gradient_of(finish) == Gradient::by_context;
   const int64_t index = indexed ? ceil_div(chunk_index_bytes(finish), kChunkRows) : 0;
   const int64_t sums = gradient || !in_fours(finish) ? plan.product.partial_stride * 4 : 0;
   const int64_t bytes = plan.pack_bytes / one.batch + sums + index;
@@ -109,7 +113,8 @@ inline Dense part_of(const Dense& call, int64_t first, int64_t rows) {
   Dense part = call;
   const auto bank = [&](Bank b) {
     const bool each = b.data && !call.context && b.rows > 1;  // a row for each row of the batch
-    return each ? Bank{b.data + first * (b.data == call.in_gain.data ? call.inputs() : call.outputs()), rows} : b;
+    return each ? Bank{b.data + first * (b.data == call.in_gain.data ? call.inputs() : call.outputs()), rows}
+                : b;
   };
   part.batch = rows;
   part.x = rows_from(call.x, first);
@@ -135,22 +140,28 @@ template <Family family, class Use>
 auto with_wide_config(const Dense& call, const Use& use) {
   const bool parts = call.x.dtype != Dtype::bfloat16 || call.in_gain.data;
   if (call.transposed)
-    return parts ? with_wide_config<family, true, 3>(call, use) : with_wide_config<family, true, 1>(call, use);
-  return parts ? with_wide_config<family, false, 3>(call, use) : with_wide_config<family, false, 1>(call, use);
+    return parts ? with_wide_config<family, true, 3>(call, use)
+                 : with_wide_config<family, true, 1>(call, use);
+  return parts ? with_wide_config<family, false, 3>(call, use)
+               : with_wide_config<family, false, 1>(call, use);
 }
 
 template <class Use>
 auto with_wide_config(const Dense& call, const Use& use) {
   switch (call.family) {
-    case Family::rademacher: return with_wide_config<Family::rademacher>(call, use);
-    case Family::uniform: return with_wide_config<Family::uniform>(call, use);
-    default: return with_wide_config<Family::normal>(call, use);
+    case Family::rademacher:
+      return with_wide_config<Family::rademacher>(call, use);
+    case Family::uniform:
+      return with_wide_config<Family::uniform>(call, use);
+    default:
+      return with_wide_config<Family::normal>(call, use);
   }
 }
 
 template <class C>
 int64_t wide_scratch_of(const Dense& call) {
-  const int64_t most = wide_rows<C>(call), last = (call.batch - 1) % most + 1;  // fewer rows may be split more
+  const int64_t most = wide_rows<C>(call),
+                last = (call.batch - 1) % most + 1;  // fewer rows may be split more
   const auto bytes = [&](int64_t rows) { return wide_plan_of<C>(part_of(call, 0, rows)).scratch_bytes(); };
   return std::max(bytes(most), bytes(last));
 }

@@ -1,6 +1,6 @@
 // Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact
-// reference, and the second call's bits the first one's. Scratch starts as NaN. Then those of finish_cases.h, which
-// promise an order. Prints the number of cases.
+// reference, and the second call's bits the first one's. Scratch starts as NaN. Then those of finish_cases.h,
+// which promise an order. Prints the number of cases.
 #include "device_runs.h"
 #include "finish_cases.h"
 #include "skinny_cases.h"

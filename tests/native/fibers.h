@@ -33,7 +33,11 @@ struct ThreadBlock {
   bool progress = false;
 
   ThreadBlock(int threads, uint32_t x, uint32_t y, uint32_t z)
-      : x(x), y(y), z(z), all{threads}, warps(threads / nmkern::cuda::kLanes, {nmkern::cuda::kLanes}),
+      : x(x),
+        y(y),
+        z(z),
+        all{threads},
+        warps(threads / nmkern::cuda::kLanes, {nmkern::cuda::kLanes}),
         posted(threads) {}
 };
 
@@ -138,7 +142,8 @@ void run_threads(int threads, int64_t shared_bytes, uint32_t x, uint32_t y, uint
       const int at = pass % 2 ? threads - 1 - turn : turn;
       if (all[at]->done) continue;
       left = true;
-      if (everyone || !(late >> at / nmkern::cuda::kLanes & 1)) swapcontext(&block.scheduler, &all[at]->context);
+      if (everyone || !(late >> at / nmkern::cuda::kLanes & 1))
+        swapcontext(&block.scheduler, &all[at]->context);
     }
     if (left && !block.progress && everyone) fail("threads wait for each other");
     everyone = !block.progress;

@@ -1,7 +1,7 @@
 // The CUDA kernels' own code on a host, block by block: no GPU is needed.
 //
-// mma.sync places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents, and
-// multiplies. Partial sums start as NaN.
+// mma.sync places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents,
+// and multiplies. Partial sums start as NaN.
 #pragma once
 
 #include "../../csrc/cuda/skinny_plan.h"
@@ -105,15 +105,15 @@ void run_gradient(const Finish& f) {
     run_threads<HostLane>(kGradientThreads, sizeof(IndexShared), x, 0, 0,
                           [&](HostLane& lane, unsigned char* shared) { index_rows(f, lane, shared); });
   for (uint32_t block = outputs * chunks; block-- > 0;)
-    run_threads<HostLane>(gradient_threads(f), gradient_shared_bytes(kind), block % outputs, block / outputs, 0,
-                          [&](HostLane& lane, unsigned char* shared) {
-                            finish_with_gradient<kind>(f, lane, shared);
-                          });
+    run_threads<HostLane>(
+        gradient_threads(f), gradient_shared_bytes(kind), block % outputs, block / outputs, 0,
+        [&](HostLane& lane, unsigned char* shared) { finish_with_gradient<kind>(f, lane, shared); });
   if constexpr (kind != Gradient::of_each) {
     WarpBlock none(kGradientThreads, 0, 0, 0);
     for (int64_t y = gather_rows(f); y-- > 0;)
       for (int64_t x = 0; x < gather_blocks_x(f); ++x)
-        for (int thread = 0; thread < kGradientThreads; ++thread) gather<kind>(f, HostLane(none, thread), x, y);
+        for (int thread = 0; thread < kGradientThreads; ++thread)
+          gather<kind>(f, HostLane(none, thread), x, y);
   }
 }
 
@@ -121,9 +121,12 @@ void run_gradient(const Finish& f) {
 inline void run_finish(const Finish& f) {
   if (f.gain_grad.data) {
     switch (gradient_of(f)) {
-      case Gradient::of_one: return run_gradient<Gradient::of_one>(f);
-      case Gradient::of_each: return run_gradient<Gradient::of_each>(f);
-      case Gradient::by_context: return run_gradient<Gradient::by_context>(f);
+      case Gradient::of_one:
+        return run_gradient<Gradient::of_one>(f);
+      case Gradient::of_each:
+        return run_gradient<Gradient::of_each>(f);
+      case Gradient::by_context:
+        return run_gradient<Gradient::by_context>(f);
     }
   }
   WarpBlock none(kThreads, 0, 0, 0);

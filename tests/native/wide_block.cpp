@@ -1,5 +1,5 @@
-// Runs the large-batch kernel's own code on a host and holds it to the stream. Prints the number of cases and of
-// kernels.
+// Runs the large-batch kernel's own code on a host and holds it to the stream. Prints the number of cases and
+// of kernels.
 #include <set>
 
 #include "skinny_cases.h"

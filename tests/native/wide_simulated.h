@@ -1,7 +1,8 @@
 // The large-batch kernel's own code on a host: skinny_simulated.h's lanes, with Hopper's barriers and wgmma.
 //
-// wgmma runs asynchronously, so a product reads A and B when it is issued, and again when it is waited for: that
-// they are still the same is checked. B is read through the matrix descriptor, decoded by the PTX manual.
+// wgmma runs asynchronously, so a product reads A and B when it is issued, and again when it is waited for:
+// that they are still the same is checked. B is read through the matrix descriptor, decoded by the PTX
+// manual.
 #pragma once
 
 #include <array>
@@ -185,9 +186,9 @@ void run_wide(const Dense& call, void* scratch) {
     for (int64_t at = 0; plan.packed && at < plan.pack.count(); ++at)
       pack_x<C::kParts>(plan.pack, HostHopper(none, 0), at);
     for (uint32_t x = 0; x < std::min(plan.product.tiles, kSimulatedBlocks); ++x)
-      run_threads<HostHopper>(kWideThreads, C::kSharedBytes, x, 0, 0, [&](HostHopper& lane, unsigned char* shared) {
-        wide_block<C>(plan.product, lane, shared);
-      });
+      run_threads<HostHopper>(
+          kWideThreads, C::kSharedBytes, x, 0, 0,
+          [&](HostHopper& lane, unsigned char* shared) { wide_block<C>(plan.product, lane, shared); });
     if (plan.partial_bytes) run_finish(plan.product.finish);
     return 0;
   });
