@@ -284,9 +284,9 @@ NMKERN_DEVICE void gather(const Finish& f, const Machine& machine, int64_t block
     float part[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i)
-      row[i] = i >= left                       ? kAbsent
-               : kind == Gradient::by_context  ? contexts_of(f, first + i)[to_row]
-                                               : 0;
+      row[i] = i >= left                      ? kAbsent
+               : kind == Gradient::by_context ? contexts_of(f, first + i)[to_row]
+                                              : 0;
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i)
       part[i] = row[i] == kAbsent ? 0 : *partial_at(f, (first + i) * kChunkRows + row[i], n);
