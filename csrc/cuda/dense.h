@@ -40,8 +40,8 @@ struct Dense {
 
 // Scratch that the call needs, in bytes: at most most_scratch, or where that is more one float for each output
 // (skinny), or what 128 rows take (wide: three bf16 for each element of x, and one float for each output). A
-// gain_grad by context of more than 128 rows takes 384 bytes and one for each context more, for each 128 rows;
-// skinny has them above its limit.
+// gain_grad by context, of more than 128 rows, takes 384 bytes and a byte for each context for each 128 rows:
+// skinny's on top of its limit.
 int64_t skinny_scratch(const Dense& call);
 int64_t wide_scratch(const Dense& call);
 
