@@ -2,7 +2,7 @@
 
 Records registers, spilled bytes, the shared memory that 784 -> 7,840 at fan-in 7 and batch 128 takes, and,
 of the loop that gathers, machine instructions and 16-byte loads of shared memory for each element that is
-added. The committed table is what tests/native/test_cuda_sparse_resources.py holds kernels to.
+added. The committed table is what tests/native/test_cuda_resources.py holds kernels to.
 """
 
 import re

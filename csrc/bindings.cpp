@@ -21,10 +21,11 @@ using nmkern::cpu::FlyNet;
 using nmkern::cpu::Runtime;
 using nmkern::cpu::Sparse;
 using nmkern::dtype_of;
-using nmkern::key_of;
 using nmkern::kMaxDims;
 using nmkern::Matrix;
 using nmkern::matrix_of;
+using nmkern::network_of;
+using nmkern::projection_of;
 using nmkern::ScalarType;
 using nmkern::Tensor;
 
@@ -225,16 +226,8 @@ std::tuple<Tensor, Tensor> packed_matmul_gain_grad(const Tensor& x, std::optiona
 Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t col_offset,
                      int64_t rows, int64_t cols, int64_t population, int64_t fan_in, bool transposed,
                      double factor) {
-  Sparse s{};
-  s.key = key_of(seed);
-  s.row_offset = row_offset;
-  s.col_offset = col_offset;
-  s.rows = rows;
-  s.cols = cols;
-  s.population = population;
-  s.fan_in = fan_in;
-  s.transposed = transposed;
-  s.factor = float(factor);
+  auto s = projection_of<Sparse>(seed, row_offset, col_offset, rows, cols, population, fan_in, transposed,
+                                 factor);
   s.batch = x.size(0);
   s.x = matrix_of(x, "x", s.batch, s.inputs());
   Tensor y = empty(x, s.batch, s.outputs());
@@ -244,38 +237,16 @@ Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t 
   return y;
 }
 
-FlyNet flynet_of(const Tensor& x, int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col,
-                 int64_t hidden, int64_t inputs, int64_t population, int64_t fan_in,
-                 double encoder_factor, int64_t family, int64_t decoder_seed, int64_t decoder_row,
-                 int64_t decoder_col, int64_t classes, double decoder_factor) {
-  FlyNet net{};
-  net.inputs = inputs;
-  net.hidden = hidden;
-  net.classes = classes;
-  net.encoder_key = key_of(encoder_seed);
-  net.encoder_row = encoder_row;
-  net.encoder_col = encoder_col;
-  net.population = population;
-  net.fan_in = fan_in;
-  net.encoder_factor = float(encoder_factor);
-  net.family = nmkern::Family(uint32_t(family));
-  net.decoder_key = key_of(decoder_seed);
-  net.decoder_row = decoder_row;
-  net.decoder_col = decoder_col;
-  net.decoder_factor = float(decoder_factor);
-  net.batch = x.size(0);
-  net.x = matrix_of(x, "x", net.batch, inputs);
-  return net;
-}
-
 Tensor flynet_logits(const Tensor& x, const Tensor& gain, std::optional<Tensor> context,
                      int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col, int64_t hidden,
                      int64_t inputs, int64_t population, int64_t fan_in, double encoder_factor,
                      int64_t family, int64_t decoder_seed, int64_t decoder_row, int64_t decoder_col,
                      int64_t classes, double decoder_factor) {
-  FlyNet net = flynet_of(x, encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
-                         encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
-                         decoder_factor);
+  auto net = network_of<FlyNet>(encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
+                                encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
+                                decoder_factor);
+  net.batch = x.size(0);
+  net.x = matrix_of(x, "x", net.batch, inputs);
   Banks banks;
   banks.kept.reserve(2);
   net.gain = banks.bank(gain, "gain", hidden, net.batch, context.has_value());
@@ -293,9 +264,11 @@ Tensor flynet_gain_grad(const Tensor& x, const Tensor& d_logits, std::optional<T
                         int64_t fan_in, double encoder_factor, int64_t family, int64_t decoder_seed,
                         int64_t decoder_row, int64_t decoder_col, int64_t classes,
                         double decoder_factor) {
-  FlyNet net = flynet_of(x, encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
-                         encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
-                         decoder_factor);
+  auto net = network_of<FlyNet>(encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
+                                encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
+                                decoder_factor);
+  net.batch = x.size(0);
+  net.x = matrix_of(x, "x", net.batch, inputs);
   STD_TORCH_CHECK(contexts == 1 || context || contexts == net.batch, "contexts: expected 1 or ",
                   net.batch, " without a context, got ", contexts);
   Banks banks;

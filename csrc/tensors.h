@@ -107,4 +107,44 @@ Call product_of(int64_t family, int64_t seed, int64_t row_offset, int64_t col_of
   return call;
 }
 
+// A sparse projection (cpu/sparse.h, cuda/sparse.h) of the matrix arguments of its primitive.
+template <class Call>
+Call projection_of(int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
+                   int64_t population, int64_t fan_in, bool transposed, double factor) {
+  Call call{};
+  call.key = key_of(seed);
+  call.row_offset = row_offset;
+  call.col_offset = col_offset;
+  call.rows = rows;
+  call.cols = cols;
+  call.population = population;
+  call.fan_in = fan_in;
+  call.transposed = transposed;
+  call.factor = float(factor);
+  return call;
+}
+
+// A fused network (cpu/flynet.h, cuda/flynet.h) of the matrix arguments of its primitives.
+template <class Net>
+Net network_of(int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col, int64_t hidden, int64_t inputs,
+               int64_t population, int64_t fan_in, double encoder_factor, int64_t family, int64_t decoder_seed,
+               int64_t decoder_row, int64_t decoder_col, int64_t classes, double decoder_factor) {
+  Net net{};
+  net.inputs = inputs;
+  net.hidden = hidden;
+  net.classes = classes;
+  net.encoder_key = key_of(encoder_seed);
+  net.encoder_row = encoder_row;
+  net.encoder_col = encoder_col;
+  net.population = population;
+  net.fan_in = fan_in;
+  net.encoder_factor = float(encoder_factor);
+  net.family = Family(uint32_t(family));
+  net.decoder_key = key_of(decoder_seed);
+  net.decoder_row = decoder_row;
+  net.decoder_col = decoder_col;
+  net.decoder_factor = float(decoder_factor);
+  return net;
+}
+
 }  // namespace nmkern

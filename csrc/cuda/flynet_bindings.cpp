@@ -13,21 +13,9 @@ struct Matrices {
   double decoder_factor;
 
   FlyNet network(const Tensor& x) const {
-    FlyNet net{};
-    net.inputs = inputs;
-    net.hidden = hidden;
-    net.classes = classes;
-    net.encoder_key = key_of(encoder_seed);
-    net.encoder_row = encoder_row;
-    net.encoder_col = encoder_col;
-    net.population = population;
-    net.fan_in = fan_in;
-    net.encoder_factor = float(encoder_factor);
-    net.family = Family(uint32_t(family));
-    net.decoder_key = key_of(decoder_seed);
-    net.decoder_row = decoder_row;
-    net.decoder_col = decoder_col;
-    net.decoder_factor = float(decoder_factor);
+    auto net = network_of<FlyNet>(encoder_seed, encoder_row, encoder_col, hidden, inputs, population, fan_in,
+                                  encoder_factor, family, decoder_seed, decoder_row, decoder_col, classes,
+                                  decoder_factor);
     net.batch = x.size(0);
     return net;
   }

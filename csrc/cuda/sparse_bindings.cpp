@@ -8,16 +8,8 @@ namespace {
 
 Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                      int64_t cols, int64_t population, int64_t fan_in, bool transposed, double factor) {
-  Sparse call{};
-  call.key = key_of(seed);
-  call.row_offset = row_offset;
-  call.col_offset = col_offset;
-  call.rows = rows;
-  call.cols = cols;
-  call.population = population;
-  call.fan_in = fan_in;
-  call.transposed = transposed;
-  call.factor = float(factor);
+  auto call = projection_of<Sparse>(seed, row_offset, col_offset, rows, cols, population, fan_in, transposed,
+                                    factor);
   call.batch = x.size(0);
   const int32_t device = x.get_device_index();
   const int64_t shared = shared_of(device);
