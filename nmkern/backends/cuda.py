@@ -14,6 +14,7 @@ import torch
 
 from nmkern.backends import build, primitives, triton
 from nmkern.matrix import RandomMatrix
+from nmkern.stream import DENSE_FAMILIES
 
 LIBRARY_PATH = build.PACKAGE / "_cuda.so"
 BUILD_RECORD = build.PACKAGE / "cuda_build.json"
@@ -110,11 +111,12 @@ def _gpu_refusal(family: str, dtype: torch.dtype) -> str | None:
         found = [kernels(index) for index in range(torch.cuda.device_count())]
     except RuntimeError as error:
         return str(error).removeprefix("cuda backend: ")
-    if any(one.wide for one in found):
-        return None
-    if any(one.small_rows for one in found):
+    if serving := [one for one in found if one.small_rows or one.wide]:
+        dense = family in DENSE_FAMILIES
+        if dense and all(one.wide for one in serving):
+            return None
         reason = triton.refusal(family, dtype, "cuda")
-        return reason and f"needs triton for larger batches: {reason}"
+        return reason and f"needs triton for {'larger batches' if dense else 'what has no room'}: {reason}"
     capability = torch.cuda.get_device_capability()
     has = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
     if capability < LEAST_CAPABILITY:

@@ -189,6 +189,12 @@ def test_without_triton_there_are_no_kernels_for_the_rest(machine, monkeypatch):
     assert cuda.refusal("uniform", torch.float32, "cuda") == (
         "needs triton for larger batches: triton is not installed"
     )
+    for wide in (False, True):  # on Hopper too, larger inputs than a block has room for go on
+        machine(16, wide=wide)
+        for family in ("sparse", "flynet"):
+            assert cuda.refusal(family, torch.float32, "cuda") == (
+                "needs triton for what has no room: triton is not installed"
+            )
 
 
 @pytest.fixture
