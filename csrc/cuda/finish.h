@@ -11,8 +11,6 @@
 
 namespace nmkern::cuda {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kLanes;
 constexpr int kLoads = 16;      // of partial sums that a thread has in flight
 constexpr int kRowsAtOnce = 8;  // of a large batch
 

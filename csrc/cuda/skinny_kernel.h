@@ -22,6 +22,8 @@
 
 namespace nmkern::cuda {
 
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kLanes;
 constexpr int kLineBytes = 128;
 
 struct Product {

@@ -6,13 +6,7 @@
 // direction they lie kLeading bytes apart, along n kStride.
 #pragma once
 
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define NMKERN_HOST_DEVICE __host__ __device__
-#else
-#define NMKERN_HOST_DEVICE
-#endif
+#include "../stream.h"
 
 namespace nmkern::cuda {
 
@@ -20,7 +14,7 @@ constexpr uint32_t kLeading = 128, kStride = 256;
 
 // The matrix descriptor of shared memory from `address` on, addresses and distances in units of 16 bytes:
 // bits 0-13 and 16-29, and in its upper half bits 32-45. A distance of d bytes is d / 16 more.
-NMKERN_HOST_DEVICE constexpr uint32_t descriptor_low(uint32_t address) {
+NMKERN_HD constexpr uint32_t descriptor_low(uint32_t address) {
   return address >> 4 | kLeading >> 4 << 16;
 }
 constexpr uint32_t kDescriptorHigh = kStride >> 4;
@@ -84,4 +78,3 @@ __device__ __forceinline__ void wait_groups() {
 #endif
 
 }  // namespace nmkern::cuda
-#undef NMKERN_HOST_DEVICE

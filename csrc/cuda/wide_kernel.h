@@ -29,7 +29,7 @@ namespace nmkern::cuda {
 constexpr int kWarpgroup = 4 * kLanes;
 constexpr int kConsumers = 2;  // warpgroups
 constexpr int kWideThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kMostStages = 4;
+constexpr int kMostStages = 4;  // each warp that produces fills one
 constexpr int kCoreBytes = 128;
 constexpr int kPacked = 8;  // elements that a thread packs at once
 
@@ -82,14 +82,14 @@ struct WideConfig {
   }
   static constexpr int kPartBytes = kDepths * kBatchTiles * 2 * kCoreBytes;
 
-  static constexpr int kBarrierBytes = 2 * kMostStages * 8;
-  static constexpr int kXOffset = kBarrierBytes + (kCoreBytes - kBarrierBytes % kCoreBytes) % kCoreBytes;
-  static constexpr int kTableOffset = kXOffset;
-  static constexpr int kStagesOffset = kTable ? kTableOffset + kTableBytes : kXOffset;
+  // Shared memory: barriers, normal's table, stages.
+  static constexpr int kTableOffset = kCoreBytes;
+  static_assert(2 * kMostStages * 8 <= kTableOffset);
+  static constexpr int kStagesOffset = kTableOffset + (kTable ? kTableBytes : 0);
   static constexpr int kStageBytes = parts * kPartBytes;
   static constexpr int kMostBytes = 227 << 10;  // of a block, on Hopper
   static constexpr int kFit = (kMostBytes - kStagesOffset) / kStageBytes;
-  static constexpr int kStages = kFit < 4 ? kFit : 4;  // each warp that produces fills one
+  static constexpr int kStages = kFit < kMostStages ? kFit : kMostStages;
   static constexpr int kSharedBytes = kStagesOffset + kStages * kStageBytes;
   static_assert(kStages >= 2);
 };
