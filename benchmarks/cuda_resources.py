@@ -18,8 +18,9 @@ from nmkern.backends import cuda
 ARCHS = ("80", "89", "90a")
 CSRC = Path(__file__).parents[1] / "csrc"
 _FAMILIES = {"257": "rademacher", "258": "uniform", "259": "normal"}
-_PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELi(\d+)E")
-_WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32\.BF16 R(?P<d>\d+), R(?P<a>\d+), gdesc")
+_OPERANDS = {"1": "bfloat16", "2": "float16"}
+_PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELNS_5DtypeE(\d)ELi(\d)E")
+_WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32(\.BF16)? R(?P<d>\d+), R(?P<a>\d+), gdesc")
 _GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
 _BANKS = ("of one row", "of each row", "by context")
 # A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
@@ -70,9 +71,10 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
         if arch != "90a" and "_wide_cu_" in name:
             continue  # Hopper's alone: elsewhere there is nothing in it
         if match := _PRODUCT.search(name):
-            kernel, family, transposed, tiles, parts = match.groups()
+            kernel, family, transposed, tiles, operand, parts = match.groups()
             way = "transposed" if transposed == "1" else "forward"
-            label = f"{_FAMILIES[family]} {way} {8 * int(tiles)} rows, {parts} part" + "s" * (parts != "1")
+            operands = f"{parts} " * (parts != "1") + _OPERANDS[operand]
+            label = f"{_FAMILIES[family]} {way} {8 * int(tiles)} rows, {operands}"
             row["shared_bytes"] = _shared()[match.groups()]
             if kernel == "wide":
                 label += ", wgmma"
@@ -91,8 +93,8 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
         elif match := _GRADIENT.search(name):
             label = f"finish, {match[1]} {_BANKS[int(match[2])]}"
             row["loads_at_once"] = _loads_at_once(body)
-        elif match := re.search(r"pack_kernelILi(\d)E", name):
-            label = f"pack, {match[1]} part" + "s" * (match[1] != "1")
+        elif match := re.search(r"pack_(copy|row)_kernel", name):
+            label = "pack, as it is" if match[1] == "copy" else "pack, 2 float16"
         else:
             continue  # cuda_sparse_resources'
         rows[f"sm_{arch} {label}"] = row
@@ -166,16 +168,21 @@ def _registers(instruction: str) -> tuple[set[int], set[int]]:
 @functools.cache
 def _shared() -> dict[tuple[str, ...], int]:
     """Shared memory of each product: asked for at the launch, so that a disassembly does not show it."""
+    as_it_is = [(operand, "1") for operand in _OPERANDS]
     tiles = {
-        "skinny": ("Config", [*((n, 1) for n in (1, 2, 4, 8)), *((n, 3) for n in (1, 2, 4))]),
-        "wide": ("WideConfig", [(n, parts) for parts in (1, 3) for n in (4, 8, 16)]),
+        ("skinny", "Config"): {("1", "2", "4", "8"): as_it_is, ("1", "2", "4"): [("1", "3")]},
+        ("wide", "WideConfig"): {("4", "8", "16"): as_it_is, ("4", "8"): [("2", "2")]},
     }
     kernels = {
-        (kernel, family, way, str(n), str(parts)): f"{config}<nmkern::Family({family}), {way}, {n}, {parts}>"
-        for kernel, (config, sizes) in tiles.items()
+        (kernel, family, way, n, operand, parts): (
+            f"{config}<nmkern::Family({family}), {way}, {n}, nmkern::Dtype({operand}), {parts}>"
+        )
+        for (kernel, config), sizes in tiles.items()
         for family in _FAMILIES
         for way in "01"
-        for n, parts in sizes
+        for rows, forms in sizes.items()
+        for n in rows
+        for operand, parts in forms
     }
     prints = "".join(f'std::printf("%d\\n", {config}::kSharedBytes);\n' for config in kernels.values())
     source = f"#include <cstdio>\nusing namespace nmkern::cuda;\nint main() {{\n{prints}}}\n"

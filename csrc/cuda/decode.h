@@ -1,7 +1,9 @@
-// From hashed words to the registers of A: two codes as bf16, in as few instructions as the machine has.
+// From hashed words to the registers of A: two codes as bfloat16 or float16, whichever x is, in as few
+// instructions as the machine has.
 //
 //   rademacher  shift, one LOP3: the two bits onto the signs of (-1, -1)               1    a weight
 //   uniform     shift, one LOP3: 128 + 2u in both halves; one add of -143              1.5  a weight
+//               (float16: 1024 + 2u and -1039, where its last place is a one)
 //   normal      PRMT: the byte beside the lane's number is an address; a load from the
 //               table; half a multiply-add to join two codes                           2.5  a weight
 //
@@ -17,6 +19,7 @@
 #include <bit>
 #include <cstring>
 
+#include "../matrix.h"
 #include "fragment.h"
 
 namespace nmkern::cuda {
@@ -57,21 +60,39 @@ NMKERN_HD uint32_t bits_of(float value) {
 #endif
 }
 
-// a + b in both bf16 halves, for sums that bf16 holds exactly. Before sm_90, as a product with 1: there
-// is no bf16 addition.
+// What the tensor cores multiply, in both halves of a register: -1, the number whose last place is a one, and
+// what is 15 more, negated.
+template <Dtype kOperand>
+struct Numbers {
+  static_assert(kOperand != Dtype::float32);
+  static constexpr bool kBf16 = kOperand == Dtype::bfloat16;
+  static constexpr uint32_t kMinusOne = kBf16 ? 0xBF80BF80 : 0xBC00BC00;
+  static constexpr uint32_t kOnes = kBf16 ? 0x43004300 : 0x64006400;
+  static constexpr uint32_t kOffset = kBf16 ? 0xC30FC30F : 0xE40FE40F;
+};
+
+// a + b in both halves, for sums that the operand's dtype holds exactly. In bfloat16 before sm_90 as a
+// product with 1: there is no such addition.
+template <Dtype kOperand>
 NMKERN_HD uint32_t add_exact(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__)
   uint32_t sum;
-  asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
-  return sum;
-#elif defined(__CUDA_ARCH__)
-  uint32_t sum;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+  if constexpr (kOperand == Dtype::float16)
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  else
+#if __CUDA_ARCH__ >= 900
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+#else
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+#endif
   return sum;
 #else
-  const uint32_t low = bits_of(float_of(a << 16) + float_of(b << 16));
-  const uint32_t high = bits_of(float_of(a & 0xFFFF0000) + float_of(b & 0xFFFF0000));
-  return high_halves(low, high);
+  const auto sum = [&](int bit) -> uint32_t {
+    const auto left = uint16_t(a >> bit), right = uint16_t(b >> bit);
+    return kOperand == Dtype::float16 ? to_float16(from_float16(left) + from_float16(right))
+                                      : to_bfloat16(from_bfloat16(left) + from_bfloat16(right));
+  };
+  return sum(0) | sum(16) << 16;
 #endif
 }
 
@@ -89,20 +110,21 @@ NMKERN_HD uint32_t masked(uint32_t a) {
 }
 
 // The codes of fields p (low half) and p + P / 2 of a word.
-template <Family kFamily>
+template <Family kFamily, Dtype kOperand>
 NMKERN_HD uint32_t decode_pair(uint32_t word, int p) {
   static_assert(kFamily != Family::normal, "normal's codes are in a table");
+  using N = Numbers<kOperand>;
   if constexpr (kFamily == Family::rademacher) {
-    return masked<0x80008000, 0xBF80BF80>(word << (15 - p));
+    return masked<0x80008000, N::kMinusOne>(word << (15 - p));
   } else {
     const uint32_t moved = p == 0 ? word << 1 : word >> (4 * p - 1);
-    return add_exact(masked<0x001E001E, 0x43004300>(moved), 0xC30FC30F);
+    return add_exact<kOperand>(masked<0x001E001E, N::kOnes>(moved), N::kOffset);
   }
 }
 
-// normal's table in shared memory: entry u holds the code in its low half, for each of the 32 lanes a copy
-// in the lane's own bank, so that no lookup waits for another. Entries are 256 bytes apart, so that one PRMT
-// makes the address; the odd 128-byte lines between the copies hold x (see skinny_kernel.h).
+// normal's table in shared memory: entry u holds the code in its low half, 0 above, for each of the 32 lanes
+// a copy in the lane's own bank, so that no lookup waits for another. Entries are 256 bytes apart, so that
+// one PRMT makes the address; the odd 128-byte lines between the copies hold x (see skinny_kernel.h).
 constexpr int kEntryBytes = 256;
 constexpr int kTableBytes = 256 * kEntryBytes;
 
@@ -110,14 +132,20 @@ NMKERN_HD uint32_t table_offset(uint32_t word, int field, uint32_t lane_bytes) {
   return permute_bytes(lane_bytes, word, 0x1140u | uint32_t(field) << 4);
 }
 
+// In the device's memory both dtypes share an entry: bfloat16 below, float16 above.
 struct NormalTable {
   uint32_t entry[256];
+  template <Dtype kOperand>
+  NMKERN_HD uint32_t code(uint32_t u) const {
+    return kOperand == Dtype::bfloat16 ? entry[u] & 0xFFFF : entry[u] >> 16;
+  }
 };
 
 constexpr NormalTable normal_table() {
   NormalTable table{};
   for (uint32_t u = 0; u < 256; ++u) {
-    table.entry[u] = std::bit_cast<uint32_t>(float(decode(Family::normal, u))) >> 16;
+    const auto code = float(decode(Family::normal, u));
+    table.entry[u] = to_bfloat16(code) | uint32_t{to_float16(code)} << 16;
   }
   return table;
 }
@@ -127,7 +155,7 @@ NMKERN_HD uint32_t join(uint32_t first, uint32_t second) { return second * 65536
 
 // Register `reg` of A for an m16 tile and a k16 step of the patch. `lookup(word, field)` is normal's
 // table: the code of a field, in the low half.
-template <class Patch, class Lookup>
+template <class Patch, Dtype kOperand, class Lookup>
 NMKERN_HD uint32_t a_register(const Words& words, int tile, int depth, int reg, const Lookup& lookup) {
   constexpr Family kFamily = Patch::kFamily;
   constexpr int kHalf = Patch::kColumns / 2;
@@ -137,9 +165,8 @@ NMKERN_HD uint32_t a_register(const Words& words, int tile, int depth, int reg, 
     if constexpr (kFamily == Family::normal) {
       return join(lookup(first, output), lookup(second, output));
     } else {
-      const uint32_t joined =
-          output < kHalf ? low_halves(first, second) : high_halves(first, second);
-      return decode_pair<kFamily>(joined, output % kHalf);
+      const uint32_t joined = output < kHalf ? low_halves(first, second) : high_halves(first, second);
+      return decode_pair<kFamily, kOperand>(joined, output % kHalf);
     }
   } else {
     const uint32_t word = words.w[output];
@@ -147,7 +174,7 @@ NMKERN_HD uint32_t a_register(const Words& words, int tile, int depth, int reg, 
     if constexpr (kFamily == Family::normal) {
       return join(lookup(word, p), lookup(word, p + kHalf));
     } else {
-      return decode_pair<kFamily>(word, p);
+      return decode_pair<kFamily, kOperand>(word, p);
     }
   }
 }

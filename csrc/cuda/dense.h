@@ -26,7 +26,8 @@ struct Dense {
   Bank in_gain, out_gain, bias;
   const int64_t* context = nullptr;
 
-  // Where gain_grad has data, y may be absent and has no bias. Its rows come as zeros where there is a context.
+  // Where gain_grad has data, y may be absent and has no bias. Its rows come as zeros where there is a
+  // context.
   Matrix other;    // [M, N]
   Bank gain_grad;  // [1, context's range or M, N]
 
@@ -36,12 +37,13 @@ struct Dense {
   int64_t outputs() const { return transposed ? cols : rows; }
 };
 
-// Two kernels compute it: skinny for small batches, on every GPU since sm_80, and wide for large ones, on sm_90a.
+// Two kernels compute it: skinny for small batches, on every GPU since sm_80, and wide for large ones, on
+// sm_90a.
 
-// Scratch that the call needs, in bytes: at most most_scratch, or where that is more one float for each output
-// (skinny), or what 128 rows take (wide: three bf16 for each element of x, and one float for each output). A
-// gain_grad by context, of more than 128 rows, takes 384 bytes and a byte for each context for each 128 rows:
-// skinny's on top of its limit.
+// Scratch that the call needs, in bytes: at most most_scratch, or where that is more one float for each
+// output (skinny), or what 128 rows take (wide: two float16 for each element of x, a float for each row and
+// for each output). A gain_grad by context, of more than 128 rows, takes 384 bytes and a byte for each
+// context for each 128 rows: skinny's on top of its limit.
 int64_t skinny_scratch(const Dense& call);
 int64_t wide_scratch(const Dense& call);
 

@@ -1,9 +1,8 @@
 // The small-batch kernels on the device, and their launcher; skinny_kernel.h has what they compute,
 // skinny_plan.h which of them serves a call.
-#include "dense.h"
-
 #include <cuda_runtime_api.h>
 
+#include "dense.h"
 #include "machine.h"
 #include "skinny_kernel.h"
 #include "skinny_plan.h"
@@ -30,20 +29,30 @@ struct SmallWarp : Warp {
     }
   }
 
+#define NMKERN_MMA(operand)                                             \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." operand "." operand      \
+      ".f32 "                                                           \
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                  \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+  template <Dtype kOperand>
   NMKERN_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    if constexpr (kOperand == Dtype::float16)
+      NMKERN_MMA("f16");
+    else
+      NMKERN_MMA("bf16");
   }
+
+#undef NMKERN_MMA
 };
 
 // Two blocks a multiprocessor at least: left to choose, ptxas aimed at more of them and spilled.
-template <Family family, bool transposed, int batch_tiles, int parts>
+template <Family family, bool transposed, int batch_tiles, Dtype operand, int parts>
 __global__ void __launch_bounds__(kThreads, 2) skinny_kernel(const Product p) {
   extern __shared__ __align__(128) unsigned char shared[];
   SmallWarp warp;
-  skinny_block<Config<family, transposed, batch_tiles, parts>>(p, warp, shared);
+  skinny_block<Config<family, transposed, batch_tiles, operand, parts>>(p, warp, shared);
 }
 
 struct Launch {
@@ -56,7 +65,8 @@ struct Launch {
     using Patch = typename C::Patch;
     Plan plan = plan_of<C>(call);
     place(plan, scratch);
-    const auto kernel = skinny_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kParts>;
+    const auto kernel =
+        skinny_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kOperand, C::kParts>;
     if constexpr (C::kSharedBytes > 48 << 10) {  // more than a kernel gets unasked
       const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);

@@ -9,8 +9,9 @@
 // Instructions per weight and thread of the loop, 16 rows, sm_90a: rademacher 1.46 (transposed 1.48),
 // uniform 2.48 (2.59), normal 4.19 (4.14); of uniform's 2.48, the hash takes 0.67, decoding 1.5, mma.sync
 // 0.25, loads of x and the loop itself the rest. benchmarks/results/cuda_resources.json has all of them.
-// Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward), and a float
-// that is no bf16 (x of float32 or float16, x * in_gain) enters as three bf16 that sum to it exactly.
+// Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward). x of bfloat16 or
+// float16 is multiplied as it is; a float32 (such an x, or x * in_gain) enters as three bfloat16 that sum to
+// it exactly.
 //
 // The block is written over a Machine (who am I, wait, multiply, load, store): skinny.cu has the device's,
 // tests/native/skinny_block.cpp one that runs the very same code on a host.
@@ -30,41 +31,51 @@ struct Product {
   Matrix x;
   Bank in_gain;
   const int64_t* context;
-  bool aligned;               // x serves stage_x_aligned
+  bool aligned;  // x serves stage_x_aligned
   RoundKeys keys;
-  int64_t batch, reduction;   // M, K
-  uint32_t reduction_patch;   // first counter of the reduction, and where in that patch it begins
+  int64_t batch, reduction;  // M, K
+  uint32_t reduction_patch;  // first counter of the reduction, and where in that patch it begins
   int32_t reduction_skip;
-  uint32_t output_patch;      // first counter of the outputs
-  int64_t steps;              // of the whole reduction
-  int64_t split_steps;        // of a split, a multiple of Config::kUnroll
-  float* partial;             // [splits, M, partial_stride]; index 0 is the first output of a patch
+  uint32_t output_patch;  // first counter of the outputs
+  int64_t steps;          // of the whole reduction
+  int64_t split_steps;    // of a split, a multiple of Config::kUnroll
+  float* partial;         // [splits, M, partial_stride]; index 0 is the first output of a patch
   int64_t partial_stride;
 };
 
-// How many fields of a word a lane takes, and how many patches beside each other: what keeps the sums
-// (2 * groups * outputs * tiles of the batch) within 128 registers, more patches where they share more.
+// k16 steps that tensor cores add up before the sum is added, rounded to nearest, to those of the steps
+// before: where x is a float32. Tensor cores truncate (Fasi et al. 2021, doi:10.7717/peerj-cs.330), so each
+// of a chain of T additions takes 0.7 * 2^-24 of the sum on average, and all of them T / 2 times that of the
+// last: 3e-5 at K = 8192 in three parts, fifteen times what float32 may be off by; 5e-7 in chains of 8 steps.
+// Narrower x is rounded a hundred times as much anyway, as in cuBLAS, which sums in one chain too.
+constexpr int kChainDepths = 8;
+
+// How many fields of a word a lane takes, and how many patches beside each other: what keeps the sums (2 *
+// groups * outputs * tiles of the batch, and twice that in chains) within 128 registers, more patches where
+// they share more.
 template <Family family, bool transposed>
-constexpr int fields_of(int batch_tiles) {
-  const int all = columns_per_word(family), most = 64 / batch_tiles;
+constexpr int fields_of(int batch_tiles, bool chains) {
+  const int all = columns_per_word(family), most = (chains ? 32 : 64) / batch_tiles;
   return !transposed || all <= most ? all : most;
 }
 
 template <Family family, bool transposed>
-constexpr int groups_of(int batch_tiles) {
-  const int outputs = transposed ? fields_of<family, transposed>(batch_tiles) : kRowsPerPatch;
-  const int fit = 64 / (batch_tiles * outputs);
+constexpr int groups_of(int batch_tiles, bool chains) {
+  const int outputs = transposed ? fields_of<family, transposed>(batch_tiles, chains) : kRowsPerPatch;
+  const int fit = (chains ? 32 : 64) / (batch_tiles * outputs);
   const int wanted = family == Family::rademacher || (transposed && family == Family::uniform) ? 2 : 4;
   return fit < wanted ? (fit < 1 ? 1 : fit) : wanted;
 }
 
-template <Family family, bool transposed, int batch_tiles, int parts>
+template <Family family, bool transposed, int batch_tiles, Dtype operand, int parts>
 struct Config {
   static constexpr int kBatchTiles = batch_tiles;  // of 8 rows
-  static constexpr int kParts = parts;             // bf16 parts of an element of x
-  using Patch = PatchLayout<family, transposed, fields_of<family, transposed>(batch_tiles)>;
+  static constexpr Dtype kOperand = operand;       // what is multiplied
+  static constexpr int kParts = parts;             // of an element of x
+  static constexpr bool kChains = parts > 1, kScaled = false;
+  using Patch = PatchLayout<family, transposed, fields_of<family, transposed>(batch_tiles, kChains)>;
   static constexpr int kSlices = transposed ? Patch::kColumns / Patch::kFields : 1;
-  static constexpr int kGroups = groups_of<family, transposed>(batch_tiles);
+  static constexpr int kGroups = groups_of<family, transposed>(batch_tiles, kChains);
   static constexpr int kBlockPatches = kWarps * kGroups * kQuads;
   static constexpr int kBlockOutputs = kBlockPatches * (transposed ? Patch::kColumns : kRowsPerPatch);
 
@@ -81,8 +92,10 @@ struct Config {
   // Steps a turn of the loop: uniform transposed has few weights in a step, and takes 2.67 with one.
   static constexpr int kUnroll = transposed && family == Family::uniform ? 4 : 1;
   static constexpr int kStageSteps = kStageBytes / kStepBytes / kUnroll * kUnroll;
+  static constexpr int kChainSteps = kChains ? kChainDepths / Patch::kDepth : kStageSteps;
 
   static_assert(kStageSteps > 0 && (!kTable || kStageBytes <= kTableBytes / 2));
+  static_assert(kChainSteps % kUnroll == 0 && kStageSteps % kUnroll == 0);
 
   // Where a pair of a lane lies in shared memory.
   NMKERN_HD static constexpr int x_line(int lane) {
@@ -90,18 +103,18 @@ struct Config {
     return kTable ? at / kLineBytes * kEntryBytes + kLineBytes + at % kLineBytes : at;
   }
   NMKERN_HD static constexpr int x_offset(int step, int pair) {
-    return (step * kPairs + pair) / kVector * (8 * kVector * kLanes) * (kTable ? 2 : 1) +
-           pair % kVector * 8;
+    return (step * kPairs + pair) / kVector * (8 * kVector * kLanes) * (kTable ? 2 : 1) + pair % kVector * 8;
   }
 };
 
-// v as bf16 parts that sum to it: the upper 8 bits of what is left, by truncation, which overflows
-// nowhere. What is not finite is its first part alone.
-template <int parts>
+// v as it is in the operand's dtype, or as bfloat16 parts that sum to it: the upper 8 bits of what is left,
+// by truncation, which overflows nowhere. What is not finite is its first part alone.
+template <Dtype kOperand, int parts>
 NMKERN_DEVICE void split_float(float v, uint32_t (&out)[parts]) {
   if constexpr (parts == 1) {
-    out[0] = bits_of(v) >> 16;
+    out[0] = half_of(v, kOperand);
   } else {
+    static_assert(kOperand == Dtype::bfloat16);
     const bool finite = (bits_of(v) & 0x7F800000) != 0x7F800000;
     if (!finite) v = float_of(v == v ? bits_of(v) : 0x7FC00000);
 #pragma unroll
@@ -138,7 +151,7 @@ NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t bat
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        split_float(input_value<Machine>(p, m, k + Patch::reduction(depth, h, e)), value[h][e]);
+        split_float<C::kOperand>(input_value<Machine>(p, m, k + Patch::reduction(depth, h, e)), value[h][e]);
 #pragma unroll
     for (int part = 0; part < C::kParts; ++part) {
       const int pair = (depth * C::kBatchTiles + tile) * C::kParts + part;
@@ -149,8 +162,8 @@ NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t bat
   }
 }
 
-// The same for x that is bf16 throughout, with whole patches of it aligned to their size: a patch of a row
-// is loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that
+// The same for x that is multiplied as it is, with whole patches of it aligned to their size: a patch of a
+// row is loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that
 // addresses are sums: 17 instructions a patch (uniform, forward), 3 % of the loop's at 16 rows; with indices
 // divided anew for each it was 70, and stage_x has up to 240 for four elements, branches of all dtypes told.
 template <class C, class Machine>
@@ -191,23 +204,25 @@ NMKERN_DEVICE void stage_x_aligned(const Product& p, const Machine& machine, int
   }
 }
 
-template <int threads, class Machine>
+template <Dtype kOperand, int threads, class Machine>
 NMKERN_DEVICE void stage_table(const Machine& machine, unsigned char* shared) {
   for (int i = machine.thread(); i < 256 * kLanes; i += threads)
     *reinterpret_cast<uint32_t*>(shared + i / kLanes * kEntryBytes + i % kLanes * 4) =
-        machine.table().entry[i / kLanes];
+        machine.table().template code<kOperand>(i / kLanes);
 }
 
-// The loop that the time goes into: hash a patch, decode, multiply by the batch; nothing else.
+// The loop that the time goes into: hash a patch, decode, multiply by the batch, from step `first` of the stage
+// on; nothing else.
 template <class C, class Machine, class Fixed, class Sums>
 NMKERN_DEVICE void multiply(const Product& p, Machine& machine, const unsigned char* shared, uint32_t patch,
-                            int steps, const Fixed& fixed, int slice_bits, Sums& sums) {
+                            int first, int steps, const Fixed& fixed, int slice_bits, Sums& sums) {
   using Patch = typename C::Patch;
   const uint32_t lane_bytes = uint32_t(machine.lane()) * 4;
   const auto lookup = [&](uint32_t word, int field) {
     return *reinterpret_cast<const uint32_t*>(shared + table_offset(word, field, lane_bytes));
   };
-  const unsigned char* x = shared + C::x_line(machine.lane());
+  const unsigned char* x = shared + C::x_line(machine.lane()) + C::x_offset(first, 0);
+  patch += uint32_t(first) * kQuadLanes;
 #pragma unroll 1
   for (; steps > 0; steps -= C::kUnroll) {
 #pragma unroll
@@ -240,15 +255,36 @@ NMKERN_DEVICE void multiply(const Product& p, Machine& machine, const unsigned c
             uint32_t a[4];
 #pragma unroll
             for (int reg = 0; reg < 4; ++reg)
-              a[reg] = a_register<Patch>(words[group], tile, depth, reg, lookup);
+              a[reg] = a_register<Patch, C::kOperand>(words[group], tile, depth, reg, lookup);
 #pragma unroll
-            for (int at = 0; at < kHere; ++at) machine.multiply(sums[group][tile][at / C::kParts], a, b[at]);
+            for (int at = 0; at < kHere; ++at)
+              machine.template multiply<C::kOperand>(sums[group][tile][at / C::kParts], a, b[at]);
           }
       }
       patch += kQuadLanes;
       x += C::x_offset(1, 0);
     }
   }
+}
+
+template <class Machine>
+NMKERN_DEVICE void add_sums(float& to, float from) {
+  to = Machine::rounded_sum(to, from);
+}
+
+template <class Machine, class Sums, int count>
+NMKERN_DEVICE void add_sums(Sums (&to)[count], const Sums (&from)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) add_sums<Machine>(to[i], from[i]);
+}
+
+// A power of two that the sums of row m are multiplied by.
+template <class C, class Call>
+NMKERN_DEVICE float row_scale(const Call& p, int64_t m) {
+  if constexpr (C::kScaled)
+    return p.row_scale[m];
+  else
+    return 1;
 }
 
 // The sums of a lane: runs of consecutive outputs, four of them a store.
@@ -267,12 +303,14 @@ NMKERN_DEVICE void write_partial(const Call& p, const Machine& machine, int64_t 
         if (m >= p.batch) continue;
         const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * Patch::kFields;
         float* to = p.partial + (split_index * p.batch + m) * p.partial_stride + n;
+        const float scale = row_scale<C>(p, m);
 #pragma unroll
         for (int output = 0; output < Patch::kOutputs; output += 4) {
           // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
           const auto& first = sums[group][output / 2][tile];
           const auto& second = sums[group][output / 2 + 1][tile];
-          machine.store(to + output, first[e], first[2 + e], second[e], second[2 + e]);
+          machine.store(to + output, first[e] * scale, first[2 + e] * scale, second[e] * scale,
+                        second[2 + e] * scale);
         }
       }
 }
@@ -299,7 +337,7 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
       fixed[group] = row_part(counter, p.keys);
   }
   float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
-  if constexpr (C::kTable) stage_table<kThreads>(machine, shared);
+  if constexpr (C::kTable) stage_table<C::kOperand, kThreads>(machine, shared);
   for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
     const int steps = int(split_end - first < C::kStageSteps ? split_end - first : C::kStageSteps);
     machine.wait();
@@ -313,7 +351,18 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
     const uint32_t patch =
         p.reduction_patch + uint32_t(first) * kQuadLanes + uint32_t(place_of(machine.lane()));
     const int slice_bits = slice * (32 / Patch::kColumns) * Patch::kFields;
-    multiply<C>(p, machine, shared, patch, whole_steps, fixed, slice_bits, sums);
+    if constexpr (C::kChains) {
+#pragma unroll 1
+      for (int step = 0; step < whole_steps; step += C::kChainSteps) {
+        const int left = whole_steps - step;
+        float chain[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
+        multiply<C>(p, machine, shared, patch, step, left < C::kChainSteps ? left : C::kChainSteps, fixed,
+                    slice_bits, chain);
+        add_sums<Machine>(sums, chain);
+      }
+    } else {
+      multiply<C>(p, machine, shared, patch, 0, whole_steps, fixed, slice_bits, sums);
+    }
   }
   write_partial<C>(p, machine, batch_first, first_patch, slice, machine.block_y(), sums);
 }

@@ -53,11 +53,15 @@ inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64
   return f;
 }
 
-// Whether x is bf16 throughout in whole patches, each of a row aligned to its size.
+// Whether x is multiplied as it is: it has the tensor cores' dtypes, and no gain that would make it a
+// float32.
+inline bool is_operand(const Dense& call) { return call.x.dtype != Dtype::float32 && !call.in_gain.data; }
+
+// Whether it is, in whole patches, each of a row aligned to its size.
 inline bool is_aligned(const Dense& call, int reduction_skip, int patch) {
   const auto multiple = [&](int64_t elements) { return elements % std::min(patch, 8) == 0; };
-  return call.x.dtype == Dtype::bfloat16 && !call.in_gain.data && call.x.col_stride == 1 &&
-         reduction_skip == 0 && call.inputs() % patch == 0 && multiple(call.x.row_stride) &&
+  return is_operand(call) && call.x.col_stride == 1 && reduction_skip == 0 && call.inputs() % patch == 0 &&
+         multiple(call.x.row_stride) &&
          reinterpret_cast<uintptr_t>(call.x.data) % (2 * std::min(patch, 8)) == 0;
 }
 
@@ -68,8 +72,7 @@ Plan plan_of(const Dense& call) {
   const int64_t in = call.transposed ? call.row_offset : call.col_offset;
   const int64_t out = call.transposed ? call.col_offset : call.row_offset;
   const int64_t reduction_skip = in % Patch::kReduction, output_skip = out % kPatchOutputs;
-  const int64_t steps =
-      ceil_div(ceil_div(reduction_skip + call.inputs(), Patch::kReduction), kQuadLanes);
+  const int64_t steps = ceil_div(ceil_div(reduction_skip + call.inputs(), Patch::kReduction), kQuadLanes);
   const int64_t tiles = ceil_div(ceil_div(output_skip + call.outputs(), kPatchOutputs), C::kBlockPatches);
   const int64_t stride = tiles * C::kBlockOutputs;
 
@@ -103,20 +106,22 @@ Plan plan_of(const Dense& call) {
 }
 
 // Calls use.template operator()<Config>() with the Config that serves a call. This is the table of kernels:
-// x that is bf16 as it stands, in tiles of 8 to 64 rows; other x in three parts, of 8 to 32 rows, where
+// x that is multiplied as it is, in tiles of 8 to 64 rows; other x in three parts, of 8 to 32 rows, where
 // 64 would take more registers than there are.
+template <Family family, bool transposed, Dtype operand, int parts, class Use>
+auto with_tiles(const Dense& call, const Use& use) {
+  if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, operand, parts>>();
+  if (call.batch <= 16) return use.template operator()<Config<family, transposed, 2, operand, parts>>();
+  if constexpr (parts == 1)
+    if (call.batch > 32) return use.template operator()<Config<family, transposed, 8, operand, parts>>();
+  return use.template operator()<Config<family, transposed, 4, operand, parts>>();
+}
+
 template <Family family, bool transposed, class Use>
 auto with_config(const Dense& call, const Use& use) {
-  const bool parts = call.x.dtype != Dtype::bfloat16 || call.in_gain.data;
-  if (parts) {
-    if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, 3>>();
-    if (call.batch <= 16) return use.template operator()<Config<family, transposed, 2, 3>>();
-    return use.template operator()<Config<family, transposed, 4, 3>>();
-  }
-  if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, 1>>();
-  if (call.batch <= 16) return use.template operator()<Config<family, transposed, 2, 1>>();
-  if (call.batch <= 32) return use.template operator()<Config<family, transposed, 4, 1>>();
-  return use.template operator()<Config<family, transposed, 8, 1>>();
+  if (!is_operand(call)) return with_tiles<family, transposed, Dtype::bfloat16, 3>(call, use);
+  return call.x.dtype == Dtype::float16 ? with_tiles<family, transposed, Dtype::float16, 1>(call, use)
+                                        : with_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
 }
 
 template <class Use>

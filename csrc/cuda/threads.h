@@ -21,6 +21,11 @@ struct Threads {
   }
   NMKERN_DEVICE void add(uint32_t* to, uint32_t value) const { atomicAdd(to, value); }
   NMKERN_DEVICE void set_bits(uint32_t* to, uint32_t bits) const { atomicOr(to, bits); }
+  // All lanes of the warp call it.
+  NMKERN_DEVICE void maximum(uint32_t* to, uint32_t value) const {
+    value = __reduce_max_sync(0xFFFFFFFF, value);
+    if (lane() == 0) atomicMax(to, value);
+  }
 
   // Never contracted into one multiply-add.
   static NMKERN_DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }

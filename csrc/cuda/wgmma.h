@@ -1,11 +1,12 @@
 // Hopper's wgmma with A in registers and B in shared memory, as the PTX manual has it.
 //
-//   multiply(d, a, b):  D[64, n] += A[64, 16] B[16, n], n = 8 * tiles; asynchronous: see wide_kernel.h
+//   multiply(d, a, b, add):  D[64, n] (+)= A[64, 16] B[16, n], n = 8 * tiles; asynchronous: see wide_kernel.h
 //
 // B is K-major without swizzle: core matrices of 8 columns x 16 bytes, 128 bytes each; in the reduction's
 // direction they lie kLeading bytes apart, along n kStride.
 #pragma once
 
+#include "../matrix.h"
 #include "../stream.h"
 
 namespace nmkern::cuda {
@@ -14,9 +15,7 @@ constexpr uint32_t kLeading = 128, kStride = 256;
 
 // The matrix descriptor of shared memory from `address` on, addresses and distances in units of 16 bytes:
 // bits 0-13 and 16-29, and in its upper half bits 32-45. A distance of d bytes is d / 16 more.
-NMKERN_HD constexpr uint32_t descriptor_low(uint32_t address) {
-  return address >> 4 | kLeading >> 4 << 16;
-}
+NMKERN_HD constexpr uint32_t descriptor_low(uint32_t address) { return address >> 4 | kLeading >> 4 << 16; }
 constexpr uint32_t kDescriptorHigh = kStride >> 4;
 
 #if defined(__CUDACC__)
@@ -25,46 +24,67 @@ constexpr uint32_t kDescriptorHigh = kStride >> 4;
 #define NMKERN_TILES_4(d, i) \
   NMKERN_TILE(d, i), NMKERN_TILE(d, i + 1), NMKERN_TILE(d, i + 2), NMKERN_TILE(d, i + 3)
 #define NMKERN_TILES_8(d, i) NMKERN_TILES_4(d, i), NMKERN_TILES_4(d, i + 4)
-#define NMKERN_A(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define NMKERN_REST(a, b, add) \
+  "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(kDescriptorHigh), "r"(int(add))
+// Registers are numbered in the order of the operands: d, a, the descriptor's halves, whether to add.
+#define NMKERN_WGMMA(n, operand, d, a, low, high, add)                                     \
+  "{\n.reg .pred p;\n.reg .b64 b;\nsetp.ne.s32 p, " add ", 0;\nmov.b64 b, {" low ", " high \
+  "};\n"                                                                                   \
+  "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." operand "." operand " {" d "}, {" a     \
+  "}, b, p, 1, 1, 0;\n}"
+#define NMKERN_WGMMA_32(operand)                                                                      \
+  NMKERN_WGMMA("32", operand, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", \
+               "%16, %17, %18, %19", "%20", "%21", "%22")
+#define NMKERN_WGMMA_64(operand)                                                                 \
+  NMKERN_WGMMA("64", operand,                                                                    \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31", \
+               "%32, %33, %34, %35", "%36", "%37", "%38")
+#define NMKERN_WGMMA_128(operand)                                                                 \
+  NMKERN_WGMMA("128", operand,                                                                    \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63",  \
+               "%64, %65, %66, %67", "%68", "%69", "%70")
 
-__device__ __forceinline__ void multiply(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%20, "
-      "%21};\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, b, p, 1, 1, 0;\n}"
-      : NMKERN_TILES_4(d, 0)
-      : NMKERN_A(a), "r"(b), "r"(kDescriptorHigh));
+// Whether to add to d, or to overwrite it.
+template <Dtype kOperand>
+__device__ __forceinline__ void multiply(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+  if constexpr (kOperand == Dtype::float16)
+    asm volatile(NMKERN_WGMMA_32("f16") : NMKERN_TILES_4(d, 0) : NMKERN_REST(a, b, add));
+  else
+    asm volatile(NMKERN_WGMMA_32("bf16") : NMKERN_TILES_4(d, 0) : NMKERN_REST(a, b, add));
 }
 
-__device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%36, "
-      "%37};\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, b, p, 1, 1, 0;\n}"
-      : NMKERN_TILES_8(d, 0)
-      : NMKERN_A(a), "r"(b), "r"(kDescriptorHigh));
+template <Dtype kOperand>
+__device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+  if constexpr (kOperand == Dtype::float16)
+    asm volatile(NMKERN_WGMMA_64("f16") : NMKERN_TILES_8(d, 0) : NMKERN_REST(a, b, add));
+  else
+    asm volatile(NMKERN_WGMMA_64("bf16") : NMKERN_TILES_8(d, 0) : NMKERN_REST(a, b, add));
 }
 
-__device__ __forceinline__ void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.u32 p, 0, 0;\nmov.b64 b, {%68, "
-      "%69};\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, b, p, 1, 1, 0;\n}"
-      : NMKERN_TILES_8(d, 0), NMKERN_TILES_8(d, 8)
-      : NMKERN_A(a), "r"(b), "r"(kDescriptorHigh));
+template <Dtype kOperand>
+__device__ __forceinline__ void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+  if constexpr (kOperand == Dtype::float16)
+    asm volatile(NMKERN_WGMMA_128("f16")
+                 : NMKERN_TILES_8(d, 0), NMKERN_TILES_8(d, 8)
+                 : NMKERN_REST(a, b, add));
+  else
+    asm volatile(NMKERN_WGMMA_128("bf16")
+                 : NMKERN_TILES_8(d, 0), NMKERN_TILES_8(d, 8)
+                 : NMKERN_REST(a, b, add));
 }
 
 #undef NMKERN_TILE
 #undef NMKERN_TILES_4
 #undef NMKERN_TILES_8
-#undef NMKERN_A
+#undef NMKERN_REST
+#undef NMKERN_WGMMA
+#undef NMKERN_WGMMA_32
+#undef NMKERN_WGMMA_64
+#undef NMKERN_WGMMA_128
 
 // Orders the registers that wgmma takes after what wrote them.
 __device__ __forceinline__ void begin_group() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -96,14 +96,21 @@ struct Hopper : Warp {
   NMKERN_DEVICE uint32_t operand(const unsigned char* shared) const {
     return descriptor_low(address_of(shared));
   }
-  template <int tiles>
-  NMKERN_DEVICE void multiply(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b) const {
-    cuda::multiply(d, a, b);
+  template <Dtype kOperand, int tiles>
+  NMKERN_DEVICE void multiply(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b, bool add) const {
+    cuda::multiply<kOperand>(d, a, b, add);
   }
 
   NMKERN_DEVICE void load_four(const float* from, float (&value)[4]) const {
     const float4 v = __ldg(reinterpret_cast<const float4*>(from));
     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+  }
+  NMKERN_DEVICE void load_floats(const float* from, float (&value)[kPacked]) const {
+#pragma unroll
+    for (int i = 0; i < kPacked; i += 4) {
+      const float4 v = __ldg(reinterpret_cast<const float4*>(from + i));
+      value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
+    }
   }
   NMKERN_DEVICE void store_packed(uint16_t* to, const uint32_t (&pair)[4]) const {
     *reinterpret_cast<uint4*>(to) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
@@ -121,21 +128,32 @@ struct Hopper : Warp {
   }
 };
 
-template <Family family, bool transposed, int batch_tiles, int parts>
+template <Family family, bool transposed, int batch_tiles, Dtype operand, int parts>
 __global__ void __launch_bounds__(kWideThreads, 1) wide_kernel(const __grid_constant__ WideProduct p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared[];
   Hopper hopper;
-  wide_block<WideConfig<family, transposed, batch_tiles, parts>>(p, hopper, shared);
+  wide_block<WideConfig<family, transposed, batch_tiles, operand, parts>>(p, hopper, shared);
 #endif
 }
 
-constexpr int kPackThreads = 256;
-
-template <int parts>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(const Pack p) {
+__global__ void __launch_bounds__(kPackThreads) pack_copy_kernel(const Pack p) {
   const int64_t at = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
-  if (at < p.count()) pack_x<parts>(p, Hopper{}, at);
+  if (at < p.count()) pack_copy(p, Hopper{}, at);
+}
+
+__global__ void __launch_bounds__(kPackThreads) pack_row_kernel(const Pack p) {
+  __shared__ uint32_t largest;
+  Hopper hopper;
+  pack_row(p, hopper, &largest);
+}
+
+int launch_pack(const Pack& pack, int parts, cudaStream_t stream) {
+  if (parts == 1)
+    pack_copy_kernel<<<uint32_t(ceil_div(pack.count(), kPackThreads)), kPackThreads, 0, stream>>>(pack);
+  else
+    pack_row_kernel<<<uint32_t(pack.batch), kPackThreads, 0, stream>>>(pack);
+  return cudaGetLastError();
 }
 
 struct Launch {
@@ -146,7 +164,8 @@ struct Launch {
   template <class C>
   int operator()() const {
     using Patch = typename C::Patch;
-    const auto kernel = wide_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kParts>;
+    const auto kernel =
+        wide_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kOperand, C::kParts>;
     int64_t blocks = 0;
     if (const int error = multiprocessors(&blocks)) return error;
     if (const cudaError_t error =
@@ -154,11 +173,8 @@ struct Launch {
         error != cudaSuccess)
       return error;
     return for_each_part<C>(call, scratch, [&](const WidePlan& plan) -> int {
-      if (plan.packed) {
-        const int64_t packs = ceil_div(plan.pack.count(), kPackThreads);
-        pack_kernel<C::kParts><<<uint32_t(packs), kPackThreads, 0, stream>>>(plan.pack);
-        if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-      }
+      if (plan.packed)
+        if (const int error = launch_pack(plan.pack, C::kParts, stream)) return error;
       const uint32_t grid = uint32_t(std::min(plan.product.tiles, blocks));
       kernel<<<grid, kWideThreads, C::kSharedBytes, stream>>>(plan.product);
       if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;

@@ -3,7 +3,8 @@
 //   sums[n, m] = sum over the k of a split: code[n, k] * (x[m, k] * in_gain[c, k])              (consume)
 //   y[m, n] = (factor * sums[n, m]) * out_gain[c, n] + bias[c, n], or partial[s, m, n] = sums[n, m]
 //
-//   x -> (pack_x, where it is no aligned bf16) -> produce -> shared memory, a ring of stages -> consume -> y
+//   x -> (pack, where it is not multiplied as it is) -> produce -> shared memory, a ring of stages -> consume
+//   -> y
 //
 // A block of three warpgroups takes tiles of 256 outputs x 8 * kBatchTiles rows, one after the other. Two
 // warpgroups consume: each generates its own 128 outputs, as two m64 tiles, so that a lane uses all four
@@ -15,8 +16,9 @@
 // of mma.sync's B as the 32 lanes of a warp hold it. So fragment.h says what lies where for both kernels, a
 // warp writes a core matrix at once, and no bank is met twice. TMA and cp.async cannot fill it: neighbours in
 // B are fields p and p + P / 2 of a word, two bytes each.
-// Invariant: as in skinny_kernel.h, a sum's order follows from shapes: k16 steps upward, parts of an x from
-// the largest down within two of them, splits upward. Which block takes a tile changes nothing.
+// x that is a float32 enters as two float16: see pack_row. Its sums are taken in chains, as skinny_kernel.h
+// says. Invariant: as there, a sum's order follows from shapes: k16 steps upward, parts of an x from the
+// largest down within two of them, chains and splits upward. Which block takes a tile changes nothing.
 //
 // Written over a Machine, as skinny_block is: wide.cu has the device's, tests/native/wide_simulated.h one for
 // hosts that also watches what wgmma reads while it is in flight.
@@ -32,10 +34,12 @@ constexpr int kWideThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kMostStages = 4;  // each warp that produces fills one
 constexpr int kCoreBytes = 128;
 constexpr int kPacked = 8;  // elements that a thread packs at once
+constexpr int kPackThreads = 256;
 
 struct WideProduct {
-  const uint16_t* x;  // bf16 [parts, M, x_row_stride], rows of whole patches
+  const uint16_t* x;  // [parts, M, x_row_stride], rows of whole patches
   int64_t x_row_stride, x_part_stride;
+  const float* row_scale;  // [M]: what sums of two parts are multiplied by
   RoundKeys keys;
   int64_t batch, reduction;  // M; elements of a row of x, a multiple of Patch::kReduction
   uint32_t reduction_patch;  // first counter of the reduction
@@ -48,11 +52,14 @@ struct WideProduct {
   Finish finish;
 };
 
-template <Family family, bool transposed, int batch_tiles, int parts>
+template <Family family, bool transposed, int batch_tiles, Dtype operand, int parts>
 struct WideConfig {
   static constexpr int kBatchTiles = batch_tiles;  // of 8 rows
-  static constexpr int kParts = parts;             // bf16 parts of an element of x
-  static constexpr int kGroups = 1;                // patches of a lane beside each other
+  static constexpr Dtype kOperand = operand;       // what is multiplied
+  static constexpr int kParts = parts;             // of an element of x
+  static constexpr bool kChains = parts > 1, kScaled = kChains;
+  static_assert(!kChains || (operand == Dtype::float16 && batch_tiles <= 8), "registers of two sets of sums");
+  static constexpr int kGroups = 1;  // patches of a lane beside each other
   static constexpr int kColumns = columns_per_word(family);
   // Four outputs a lane either way: two m64 tiles are what the registers have room for.
   using Patch = PatchLayout<family, transposed, transposed ? 4 : kColumns>;
@@ -75,6 +82,7 @@ struct WideConfig {
   static constexpr int kGroupDepths = 2;      // of them are one group of wgmma
   static constexpr int kTurnGroups = kDepths / kGroupDepths;
   static_assert(kTurnGroups % 2 == 0, "two sets of A's registers take turns");
+  static constexpr int kChainTurns = kChainDepths / kDepths;
 
   // Where register h of B lies, of a k16 step and 8 rows.
   NMKERN_HD static constexpr int core(int depth, int tile, int h) {
@@ -94,31 +102,110 @@ struct WideConfig {
   static_assert(kStages >= 2);
 };
 
-// x as bf16 parts of whole, aligned patches, where it is not that already.
+// x as whole, aligned patches, where it is not that already.
 struct Pack {
   Matrix x;
   Bank in_gain;
   const int64_t* context;
   int64_t batch, reduction;  // M, K
   int64_t skip;              // elements of the first patch before x: zeros, as what follows it
+  bool vectors;              // whether rows of x and in_gain can be read kPacked elements at a time
   uint16_t* to;              // [parts, M, row_stride]
   int64_t row_stride;        // a multiple of kPacked
+  float* row_scale;          // [M], with two parts
   NMKERN_HD int64_t count() const { return batch * (row_stride / kPacked); }
 };
 
-// Elements `at` * kPacked and on of x, in one store for each part.
-template <int parts, class Machine>
-NMKERN_DEVICE void pack_x(const Pack& p, const Machine& machine, int64_t at) {
+// Elements `at` * kPacked and on of an x that is multiplied as it is.
+template <class Machine>
+NMKERN_DEVICE void pack_copy(const Pack& p, const Machine& machine, int64_t at) {
   const int64_t m = at / (p.row_stride / kPacked), first = at % (p.row_stride / kPacked) * kPacked;
-  uint32_t half[kPacked][parts];
+  const auto* x = static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride;
+  uint32_t pair[kPacked / 2] = {};
 #pragma unroll
-  for (int i = 0; i < kPacked; ++i) split_float(input_value<Machine>(p, m, first + i - p.skip), half[i]);
+  for (int i = 0; i < kPacked; ++i) {
+    const int64_t k = first + i - p.skip;
+    if (k >= 0 && k < p.reduction) pair[i / 2] |= uint32_t{x[k * p.x.col_stride]} << (i % 2 * 16);
+  }
+  machine.store_packed(p.to + m * p.row_stride + first, pair);
+}
+
+// Elements first - skip and on of row m, times those of `gain`; zeros outside of it.
+template <class Machine>
+NMKERN_DEVICE void packed_values(const Pack& p, const Machine& machine, int64_t m, const float* gain,
+                                 int64_t first, float (&v)[kPacked]) {
+  if (p.vectors && first + kPacked <= p.reduction) {
+    if (p.x.dtype == Dtype::float32) {
+      machine.load_floats(static_cast<const float*>(p.x.data) + m * p.x.row_stride + first, v);
+    } else {
+      uint32_t pair[kPacked / 4][2];
+      machine.load_elements(static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + first, pair);
 #pragma unroll
-  for (int part = 0; part < parts; ++part) {
-    uint32_t pair[kPacked / 2];
+      for (int i = 0; i < kPacked; ++i)
+        v[i] = float_of_half(uint16_t(pair[i / 4][i / 2 % 2] >> (i % 2 * 16)), p.x.dtype);
+    }
+    if (!gain) return;
+    float factor[kPacked];
+    machine.load_floats(gain + first, factor);
 #pragma unroll
-    for (int i = 0; i < kPacked / 2; ++i) pair[i] = half[2 * i][part] | half[2 * i + 1][part] << 16;
-    machine.store_packed(p.to + (part * p.batch + m) * p.row_stride + first, pair);
+    for (int i = 0; i < kPacked; ++i) v[i] = Machine::rounded_product(v[i], factor[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      const int64_t k = first + i - p.skip;
+      const bool inside = k >= 0 && k < p.reduction;
+      v[i] = inside ? read_element(p.x, m, k) : 0.0f;
+      if (inside && gain) v[i] = Machine::rounded_product(v[i], gain[k]);
+    }
+  }
+}
+
+// A row of float32 as two float16 and a power of two: v = (first + second) * row_scale, but for what is
+// rounded: at most 2^-23 of v, or 2^-40 of the row's largest, which is scaled to [2^14, 2^15). float16 has 11
+// bits, and rounding to nearest leaves a signed rest of half its last place, so two hold 23 of the 24.
+// (Ootomo & Yokota 2022, doi:10.1177/10943420221090256, scale all rows alike.) Three bfloat16, which are
+// exact, take the tensor cores 1.5 times as long. A block of kPackThreads takes row block_x; `largest` is its
+// shared memory.
+template <class Machine>
+NMKERN_DEVICE void pack_row(const Pack& p, Machine& machine, uint32_t* largest) {
+  const int64_t m = machine.block_x();
+  const float* gain =
+      p.in_gain.data ? p.in_gain.data + bank_row(p.in_gain, p.context, m) * p.reduction : nullptr;
+  if (machine.thread() == 0) *largest = 0;
+  machine.wait();
+  uint32_t most = 0;  // magnitudes are ordered as their bits are
+  for (int64_t first = machine.thread() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
+    float v[kPacked];
+    packed_values(p, machine, m, gain, first, v);
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      const uint32_t magnitude = bits_of(v[i]) & 0x7FFFFFFF;
+      if (magnitude < 0x7F800000 && magnitude > most) most = magnitude;
+    }
+  }
+  machine.maximum(largest, most);
+  machine.wait();
+  // 2^(14 - e) for a largest of exponent e, biased; both it and its inverse are normal numbers.
+  const uint32_t wanted = 2 * 127 + 14 - (*largest >> 23), exponent = wanted < 253 ? wanted : 253;
+  const float scale = float_of(exponent << 23);
+  if (machine.thread() == 0) p.row_scale[m] = float_of((2 * 127 - exponent) << 23);
+  for (int64_t first = machine.thread() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
+    float v[kPacked];
+    packed_values(p, machine, m, gain, first, v);
+    uint32_t pair[2][kPacked / 2] = {};
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      const float scaled = v[i] * scale;
+      const uint16_t upper = half_of(scaled, Dtype::float16);
+      const float rest = scaled - float_of_half(upper, Dtype::float16);
+      // What is not finite has no rest: the difference would be a NaN.
+      const uint16_t lower = rest == rest ? half_of(rest, Dtype::float16) : 0;
+      pair[0][i / 2] |= uint32_t{upper} << (i % 2 * 16);
+      pair[1][i / 2] |= uint32_t{lower} << (i % 2 * 16);
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+      machine.store_packed(p.to + (part * p.batch + m) * p.row_stride + first, pair[part]);
   }
 }
 
@@ -270,8 +357,17 @@ NMKERN_DEVICE void generate(const WideProduct& p, const Machine& machine, const 
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg)
-        a[i][tile][reg] = a_register<Patch>(g.words, tile, depth, reg, lookup);
+        a[i][tile][reg] = a_register<Patch, C::kOperand>(g.words, tile, depth, reg, lookup);
   }
+}
+
+// The sums that wgmma adds to: those of a chain of its own, or all.
+template <bool chains, class Own, class Sums>
+NMKERN_DEVICE auto& chain_of(Own& own, Sums& sums) {
+  if constexpr (chains)
+    return own;
+  else
+    return sums;
 }
 
 // The four outputs of a lane from n on, for its rows of the batch, modulated.
@@ -295,10 +391,11 @@ NMKERN_DEVICE void write_outputs(const WideProduct& p, const Machine& machine, i
       if (m >= p.batch) continue;
       if (f.out_gain.rows > 1) load(f.out_gain, m, gain);
       if (f.bias.rows > 1) load(f.bias, m, bias);
+      const float scale = row_scale<C>(p, m);
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float z = Machine::rounded_product(sums[0][i / 2][tile][i % 2 * 2 + e], f.factor);
+        const float z = Machine::rounded_product(sums[0][i / 2][tile][i % 2 * 2 + e] * scale, f.factor);
         y[i] = Machine::rounded_sum(Machine::rounded_product(z, gain[i]), bias[i]);
       }
       machine.store_outputs(f.y, m, n, y);
@@ -331,34 +428,44 @@ NMKERN_DEVICE void consume(const WideProduct& p, Machine& machine, int warpgroup
     float sums[1][2][C::kBatchTiles][4] = {};
     GroupA a[2];
     generate(p, machine, shared, g, 0, a[0]);
-    int before = -1;  // the stage of the turn before
+    for (int turn = 0; turn < tile.turns;) {
+      // The whole reduction in one chain, summed where it is wanted; or chains that are added up.
+      const int end = C::kChains && tile.turns - turn > C::kChainTurns ? turn + C::kChainTurns : tile.turns;
+      float own[2][C::kChains ? C::kBatchTiles : 1][4];
+      auto& chain = chain_of<C::kChains>(own, sums[0]);
+      int before = -1;  // the stage of the turn before
 #pragma unroll 1
-    for (int turn = 0; turn < tile.turns; ++turn) {
-      machine.wait_filled(stage, parity);
-      const uint32_t x = machine.operand(shared + C::kStagesOffset + stage * C::kStageBytes);
+      for (bool first = C::kChains; turn < end; ++turn, first = false) {
+        machine.wait_filled(stage, parity);
+        const uint32_t x = machine.operand(shared + C::kStagesOffset + stage * C::kStageBytes);
 #pragma unroll
-      for (int group = 0; group < C::kTurnGroups; ++group) {
-        machine.begin_group();
+        for (int group = 0; group < C::kTurnGroups; ++group) {
+          machine.begin_group();
 #pragma unroll
-        for (int part = 0; part < C::kParts; ++part)
+          for (int part = 0; part < C::kParts; ++part)
 #pragma unroll
-          for (int i = 0; i < C::kGroupDepths; ++i)
+            for (int i = 0; i < C::kGroupDepths; ++i)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-              machine.multiply(sums[0][half], a[group % 2][i][half],
-                               x + (part * C::kPartBytes + C::core(group * C::kGroupDepths + i, 0, 0)) / 16);
-        machine.end_group();
-        // The group before has been multiplied: its registers, and after a turn its stage, are free.
-        machine.template wait_groups<1>();
-        if (group == 0 && before >= 0) machine.release(before);
-        generate(p, machine, shared, g, (group + 1) % C::kTurnGroups, a[(group + 1) % 2]);
+              for (int half = 0; half < 2; ++half) {
+                const bool fresh = group == 0 && part == 0 && i == 0 && first;
+                const int at = part * C::kPartBytes + C::core(group * C::kGroupDepths + i, 0, 0);
+                machine.template multiply<C::kOperand>(chain[half], a[group % 2][i][half], x + at / 16,
+                                                       !fresh);
+              }
+          machine.end_group();
+          // The group before has been multiplied: its registers, and after a turn its stage, are free.
+          machine.template wait_groups<1>();
+          if (group == 0 && before >= 0) machine.release(before);
+          generate(p, machine, shared, g, (group + 1) % C::kTurnGroups, a[(group + 1) % 2]);
+        }
+        before = stage;
+        if (++stage == C::kStages) stage = 0, parity ^= 1;
       }
-      before = stage;
-      if (++stage == C::kStages) stage = 0, parity ^= 1;
+      machine.template wait_groups<0>();
+      machine.hold(chain);
+      machine.release(before);
+      if constexpr (C::kChains) add_sums<Machine>(sums[0], chain);
     }
-    machine.template wait_groups<0>();
-    machine.hold(sums[0]);
-    machine.release(before);
     const int64_t batch_first = tile.batch_block * (8 * C::kBatchTiles);
     if (p.partial) {
       write_partial<C>(p, machine, batch_first, patch, slice, tile.split, sums);
@@ -372,7 +479,7 @@ NMKERN_DEVICE void consume(const WideProduct& p, Machine& machine, int warpgroup
 // One block, in the role of each of its warpgroups.
 template <class C, class Machine>
 NMKERN_DEVICE void wide_block(const WideProduct& p, Machine& machine, unsigned char* shared) {
-  if constexpr (C::kTable) stage_table<kWideThreads>(machine, shared + C::kTableOffset);
+  if constexpr (C::kTable) stage_table<C::kOperand, kWideThreads>(machine, shared + C::kTableOffset);
   machine.start(shared, C::kStages);
   const int warpgroup = machine.thread() / kWarpgroup;
   if (warpgroup == kConsumers) {

@@ -21,9 +21,19 @@ struct WidePlan {
   WideProduct product;
   Pack pack;
   bool packed;
-  int64_t splits, pack_bytes, partial_bytes;
-  int64_t scratch_bytes() const { return pack_bytes + partial_bytes + index_bytes(product.finish); }
+  int64_t splits, x_bytes, row_scale_bytes, partial_bytes;
+  int64_t pack_bytes() const { return x_bytes + row_scale_bytes; }
+  int64_t scratch_bytes() const { return pack_bytes() + partial_bytes + index_bytes(product.finish); }
 };
+
+// Whether rows of x and in_gain can be read kPacked elements, 16 bytes or twice 16, at a time.
+inline bool in_vectors(const Dense& call) {
+  const bool wide = call.x.dtype == Dtype::float32;
+  const bool x = call.x.col_stride == 1 && call.x.row_stride % (wide ? 4 : 8) == 0 &&
+                 reinterpret_cast<uintptr_t>(call.x.data) % 16 == 0;
+  return x && (!call.in_gain.data ||
+               (call.inputs() % 4 == 0 && reinterpret_cast<uintptr_t>(call.in_gain.data) % 16 == 0));
+}
 
 template <class C>
 WidePlan wide_plan_of(const Dense& call) {
@@ -43,9 +53,18 @@ WidePlan wide_plan_of(const Dense& call) {
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
   if (plan.packed) {
-    plan.pack = {call.x,        call.in_gain,   call.context, call.batch,
-                 call.inputs(), reduction_skip, nullptr,      p.reduction};
-    plan.pack_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
+    plan.pack = {call.x,
+                 call.in_gain,
+                 call.context,
+                 call.batch,
+                 call.inputs(),
+                 reduction_skip,
+                 in_vectors(call) && reduction_skip == 0,
+                 nullptr,
+                 p.reduction,
+                 nullptr};
+    plan.x_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
+    plan.row_scale_bytes = C::kParts > 1 ? aligned_up(4 * call.batch) : 0;
     p.x_row_stride = p.reduction;
     p.x_part_stride = call.batch * p.reduction;
   } else {
@@ -53,7 +72,7 @@ WidePlan wide_plan_of(const Dense& call) {
     p.x_row_stride = call.x.row_stride;
   }
   const int64_t left =
-      call.most_scratch - plan.pack_bytes - index_bytes(finish_of(call, 1, stride, output_skip));
+      call.most_scratch - plan.pack_bytes() - index_bytes(finish_of(call, 1, stride, output_skip));
   const int64_t wanted =
       std::max<int64_t>(1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
                                      p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
@@ -78,11 +97,14 @@ inline void place(WidePlan& plan, void* scratch) {
   if (plan.packed) {
     plan.pack.to = reinterpret_cast<uint16_t*>(at);
     plan.product.x = plan.pack.to;
+    plan.pack.row_scale = reinterpret_cast<float*>(at + plan.x_bytes);
+    plan.product.row_scale = plan.pack.row_scale;
   }
+  at += plan.pack_bytes();
   if (plan.partial_bytes) {
-    plan.product.partial = reinterpret_cast<float*>(at + plan.pack_bytes);
+    plan.product.partial = reinterpret_cast<float*>(at);
     plan.product.finish.partial = plan.product.partial;
-    plan.product.finish.index = at + plan.pack_bytes + plan.partial_bytes;
+    plan.product.finish.index = at + plan.partial_bytes;
   }
 }
 
@@ -97,7 +119,7 @@ int64_t wide_rows(const Dense& call) {
              indexed = gradient && gradient_of(finish) == Gradient::by_context;
   const int64_t index = indexed ? ceil_div(chunk_index_bytes(finish), kChunkRows) : 0;
   const int64_t sums = gradient || !in_fours(finish) ? plan.product.partial_stride * 4 : 0;
-  const int64_t bytes = plan.pack_bytes / one.batch + sums + index;
+  const int64_t bytes = plan.pack_bytes() / one.batch + sums + index;
   if (bytes == 0) return call.batch;
   return std::min(call.batch, std::max(call.most_scratch / bytes / kBatchRows, int64_t{1}) * kBatchRows);
 }
@@ -128,22 +150,27 @@ inline Dense part_of(const Dense& call, int64_t first, int64_t rows) {
   return part;
 }
 
-// Calls use.template operator()<WideConfig>() with the one that serves a call.
-template <Family family, bool transposed, int parts, class Use>
-auto with_wide_config(const Dense& call, const Use& use) {
-  if (call.batch <= 32) return use.template operator()<WideConfig<family, transposed, 4, parts>>();
-  if (call.batch <= 64) return use.template operator()<WideConfig<family, transposed, 8, parts>>();
-  return use.template operator()<WideConfig<family, transposed, 16, parts>>();
+// Calls use.template operator()<WideConfig>() with the one that serves a call: tiles of 32 to 128 rows of x
+// that is multiplied as it is, of 32 and 64 of other x.
+template <Family family, bool transposed, Dtype operand, int parts, class Use>
+auto with_wide_tiles(const Dense& call, const Use& use) {
+  if (call.batch <= 32) return use.template operator()<WideConfig<family, transposed, 4, operand, parts>>();
+  if constexpr (parts == 1)
+    if (call.batch > 64) return use.template operator()<WideConfig<family, transposed, 16, operand, parts>>();
+  return use.template operator()<WideConfig<family, transposed, 8, operand, parts>>();
+}
+
+template <Family family, bool transposed, class Use>
+auto with_wide_operand(const Dense& call, const Use& use) {
+  if (!is_operand(call)) return with_wide_tiles<family, transposed, Dtype::float16, 2>(call, use);
+  return call.x.dtype == Dtype::float16 ? with_wide_tiles<family, transposed, Dtype::float16, 1>(call, use)
+                                        : with_wide_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
 }
 
 template <Family family, class Use>
 auto with_wide_config(const Dense& call, const Use& use) {
-  const bool parts = call.x.dtype != Dtype::bfloat16 || call.in_gain.data;
-  if (call.transposed)
-    return parts ? with_wide_config<family, true, 3>(call, use)
-                 : with_wide_config<family, true, 1>(call, use);
-  return parts ? with_wide_config<family, false, 3>(call, use)
-               : with_wide_config<family, false, 1>(call, use);
+  return call.transposed ? with_wide_operand<family, true>(call, use)
+                         : with_wide_operand<family, false>(call, use);
 }
 
 template <class Use>

@@ -1,6 +1,6 @@
 // Reads tests/vectors.txt and holds the CUDA kernels' hash and decode to every dense line of it: the patch of
-// the element goes into A's registers, both ways, and each register's two bf16 must be the codes of the
-// elements that fragment.h says they are. Prints the number of lines.
+// the element goes into A's registers, both ways, and each register's two halves, as bfloat16 and as float16,
+// must be the codes of the elements that fragment.h says they are. Prints the number of lines.
 #include <fstream>
 #include <iostream>
 #include <sstream>
@@ -17,33 +17,41 @@ using namespace nmkern::cuda;
 constexpr NormalTable kTable = normal_table();
 
 // The number of times that (row, field) of the patch stands in A with this code; -1 where a code is wrong.
-template <class Patch>
-int occurrences(Words words, int first_field, int row, int field, int code) {
+template <class Patch, Dtype kOperand>
+int occurrences_of(Words words, int first_field, int row, int field, int code) {
   constexpr int kBits = 32 / Patch::kColumns;
   const Words drawn = words;
   for (uint32_t& word : words.w) word >>= first_field * kBits;
   const auto lookup = [](uint32_t word, int at) {
     const uint32_t lane_bytes = 31 * 4;  // the last lane
     const uint32_t offset = table_offset(word, at, lane_bytes);
-    return offset % kEntryBytes == lane_bytes ? kTable.entry[offset / kEntryBytes] : 0xFFFF;
+    return offset % kEntryBytes == lane_bytes ? kTable.code<kOperand>(offset / kEntryBytes) : 0xFFFF;
   };
   int found = 0;
   for (int tile = 0; tile < Patch::kTiles; ++tile)
     for (int depth = 0; depth < Patch::kDepth; ++depth)
       for (int reg = 0; reg < 4; ++reg) {
-        const uint32_t pair = a_register<Patch>(words, tile, depth, reg, lookup);
+        const uint32_t pair = a_register<Patch, kOperand>(words, tile, depth, reg, lookup);
         for (int e = 0; e < 2; ++e) {
           const int output = Patch::output(tile, reg & 1);
           const int reduction = Patch::reduction(depth, reg >> 1, e);
           const int r = Patch::kTransposed ? reduction : output;
           const int f = Patch::kTransposed ? first_field + output : reduction;
           const uint32_t bits = drawn.w[r] >> (f * kBits) & ((1u << kBits) - 1);
-          const float value = float_of(e ? pair & 0xFFFF0000 : pair << 16);
+          const auto half = uint16_t(pair >> 16 * e);
+          const float value = kOperand == Dtype::float16 ? from_float16(half) : from_bfloat16(half);
           if (value != float(decode(Patch::kFamily, bits))) return -1;
           if (r == row && f == field && value == float(code)) ++found;
         }
       }
   return found;
+}
+
+// The same of both dtypes; -1 where they differ too.
+template <class Patch>
+int occurrences(const Words& words, int first_field, int row, int field, int code) {
+  const int found = occurrences_of<Patch, Dtype::bfloat16>(words, first_field, row, field, code);
+  return found == occurrences_of<Patch, Dtype::float16>(words, first_field, row, field, code) ? found : -1;
 }
 
 template <Family family, int fields>

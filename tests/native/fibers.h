@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -89,6 +90,7 @@ struct HostThread {
 
   void add(uint32_t* to, uint32_t value) const { *to += value; }
   void set_bits(uint32_t* to, uint32_t bits) const { *to |= bits; }
+  void maximum(uint32_t* to, uint32_t value) const { *to = std::max(*to, value); }
 
   static float rounded_sum(float a, float b) { return a + b; }
   static float rounded_product(float a, float b) { return a * b; }

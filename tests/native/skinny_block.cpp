@@ -34,8 +34,8 @@ struct Simulate {
   void operator()() const {
     using Patch = typename C::Patch;
     char name[64];
-    std::snprintf(name, sizeof name, "%x %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
-                  C::kBatchTiles, C::kParts);
+    std::snprintf(name, sizeof name, "%x %d %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
+                  C::kBatchTiles, int(C::kOperand), C::kParts);
     kernels.insert(name);
     const Plan plan = plan_of<C>(call);
     most_splits = std::max(most_splits, plan.splits);
@@ -65,6 +65,6 @@ int main() {
   const int64_t cases =
       check_all([&](const Dense& call) { with_config(call, Simulate{call, kernels, most_splits}); });
   if (most_splits < 3) fail("no case splits the reduction");
-  if (kernels.size() != 42) fail("not every kernel ran: " + std::to_string(kernels.size()));
+  if (kernels.size() != 66) fail("not every kernel ran: " + std::to_string(kernels.size()));
   std::printf("%lld cases, %zu kernels\n", (long long)cases, kernels.size());
 }

@@ -75,7 +75,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
 
   const int64_t row_stride = c.inputs * c.stride + c.padding;
   const int64_t elements = c.batch * row_stride;
-  // Elements of float32 that need all three parts are few in a row, so that sums stay exact.
+  // Elements of float32 that need several parts are few in a row, so that sums stay exact.
   std::vector<double> x(elements);
   const bool wide = c.dtype == Dtype::float32 && !c.modulated;
   for (int64_t m = 0; m < c.batch; ++m)
@@ -165,7 +165,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   }
 }
 
-// One weight, +-1, and float32 that strains the three parts: what is not finite, the largest, a small one.
+// One weight, +-1, and float32 that strains its parts: what is not finite, the largest, a small one.
 template <class Execute>
 void check_extremes(const Execute& execute) {
   Buffer<float> x = {std::numeric_limits<float>::infinity(), std::bit_cast<float>(0x7F800001u),
@@ -185,12 +185,83 @@ void check_extremes(const Execute& execute) {
   }
 }
 
+// The product of float32, value by value, and of its magnitudes: compare(y, exact, magnitude).
+template <class Execute, class Compare>
+void check_float32(const Execute& execute, Family family, bool transposed, Buffer<float>& x, int64_t outputs,
+                   int64_t batch, const Compare& compare) {
+  Dense call{};
+  call.family = family;
+  call.key = {5, 7};
+  call.transposed = transposed;
+  const int64_t inputs = int64_t(x.size()) / batch;
+  call.rows = transposed ? inputs : outputs, call.cols = transposed ? outputs : inputs;
+  call.factor = 1;
+  call.batch = batch;
+  call.most_scratch = 0;  // the reduction is not split
+  call.x = {x.data(), Dtype::float32, inputs, 1};
+  Buffer<float> y(batch * outputs, std::numeric_limits<float>::quiet_NaN());
+  call.y = {y.data(), Dtype::float32, outputs, 1};
+  execute(call);
+  std::vector<double> row(inputs);
+  for (int64_t n = 0; n < outputs; ++n) {
+    for (int64_t k = 0; k < inputs; ++k) row[k] = transposed ? code_at(call, k, n) : code_at(call, n, k);
+    for (int64_t m = 0; m < batch; ++m) {
+      double exact = 0, magnitude = 0;
+      for (int64_t k = 0; k < inputs; ++k) {
+        const double product = row[k] * x[m * inputs + k];
+        exact += product, magnitude += std::abs(product);
+      }
+      compare(double{y[m * outputs + n]}, exact, magnitude);
+    }
+  }
+}
+
+// float32 of any size in one row. With u = 2^-24, an element's parts are off by at most 2 u of it, or 2^-40 of
+// the row's largest, whose code may be 1 where the element's is 252; the three parts of a k16 step at most make
+// as many sums, each truncated and so off by 2 u of the magnitude; adding a chain and the factor are 2 u more.
+// Subnormal results are off by their last place.
+template <class Execute>
+void check_ranges(const Execute& execute, Family family, bool transposed, int64_t batch) {
+  std::mt19937_64 random(6);
+  Buffer<float> x(batch * 13);
+  for (float& v : x)
+    v = std::ldexp(float(int64_t(random() % 0x1000000) - 0x800000), int(random() % 260) - 23 - 146);
+  const int steps = transposed ? 1 : columns_per_word(family) / 4;  // 13 columns are in 4 patches
+  const double bound = (4 + 2 * 3 * steps) * 0x1p-24 + 13 * 252 * 0x1p-40;
+  check_float32(execute, family, transposed, x, 5, batch, [&](double y, double exact, double magnitude) {
+    if (!(std::abs(y - exact) <= bound * magnitude + 0x1p-149))
+      fail("a float32 row of many sizes: " + std::to_string(y) + " for " + std::to_string(exact));
+  });
+}
+
+// The house bound of a relative error of 2e-6 at K = 8192 (../formula.py, ../ops/test_modulated_linear.py says
+// what it leaves room for), which one chain of truncated sums misses ten times over.
+template <class Execute>
+void check_accuracy(const Execute& execute, Family family, bool transposed, int64_t batch) {
+  std::mt19937 random(8);
+  std::normal_distribution<float> normal;
+  Buffer<float> x(batch * 8192);
+  for (float& v : x) v = normal(random);
+  double error = 0, norm = 0;
+  check_float32(execute, family, transposed, x, 8, batch, [&](double y, double exact, double) {
+    error += (y - exact) * (y - exact), norm += exact * exact;
+  });
+  if (!(std::sqrt(error / norm) <= 2e-6))
+    fail("a relative error of " + std::to_string(1e6 * std::sqrt(error / norm)) + "e-6");
+}
+
 // Runs every case; execute(call) leaves the product in call.y. The number of cases.
 template <class Execute>
 int64_t check_all(const Execute& execute) {
   check_extremes(execute);
-  std::mt19937_64 random(1);
   int64_t cases = 1;
+  for (Family family : {Family::rademacher, Family::uniform, Family::normal})
+    for (bool transposed : {false, true}) {
+      check_ranges(execute, family, transposed, 20);
+      check_accuracy(execute, family, transposed, 3);
+      cases += 2;
+    }
+  std::mt19937_64 random(1);
   const auto run = [&](const Case& c) {
     check(c, random, execute);
     ++cases;
@@ -198,7 +269,8 @@ int64_t check_all(const Execute& execute) {
   constexpr int64_t kFar = (int64_t{1} << 34) - 700;
   for (Family family : {Family::rademacher, Family::uniform, Family::normal})
     for (bool transposed : {false, true}) {
-      for (int64_t batch : {1, 9, 24, 64}) run({family, transposed, 0, 0, 64, 40, batch});
+      for (Dtype dtype : {Dtype::bfloat16, Dtype::float16})
+        for (int64_t batch : {1, 9, 24, 64}) run({family, transposed, 0, 0, 64, 40, batch, dtype});
       run({family, transposed, 5, 43, 77, 33, 7});                    // ragged everywhere
       run({family, transposed, 3, 0, 1, 1, 2});                       // one weight
       run({family, transposed, kFar, kFar + 5, 130, 31, 13});         // the stream's far end
@@ -206,6 +278,7 @@ int64_t check_all(const Execute& execute) {
       run({family, transposed, 0, 0, 1024, 8, 3});                    // several splits
       run({family, transposed, 4, 32, 96, 24, 5, Dtype::bfloat16, false, 32});  // aligned, x with padding
       run({family, transposed, 1, 2, 45, 12, 5, Dtype::bfloat16, false, 3, 2});
+      run({family, transposed, 1, 2, 45, 12, 5, Dtype::float16, true, 3, 2});
       run({family, transposed, 6, 7, 50, 21, 12, Dtype::float32});
       run({family, transposed, 6, 7, 90, 21, 4, Dtype::float16});
       run({family, transposed, 9, 35, 24, 17, 8, Dtype::bfloat16, true});   // no in_gain: a row for each row
@@ -240,6 +313,11 @@ int64_t check_large(const Execute& execute) {
       run({family, transposed, 7, 61, 333, 515, 65});
       run({family, transposed, 2, 5, 700, 70, 140, Dtype::float32});
       run({family, transposed, 2, 5, 100, 21, 33, Dtype::float16});
+      run({family, transposed, 4, 32, 224, 300, 257, Dtype::float16, false, 32});
+      run({family, transposed, 0, 0, 160, 64, 65, Dtype::float32, true});  // vectors of x and in_gain
+      run({family, transposed, 0, 0, 160, 64, 65, Dtype::float16, true});
+      check_accuracy(execute, family, transposed, 65);
+      ++cases;
       run({family, transposed, 1, 9, 130, 33, 150, Dtype::bfloat16, true});  // a row of out_gain for each row
       run({family, transposed, 1, 9, 130, 33, 151, Dtype::bfloat16, true});  // in_gain by context
       for (Grad grad : {Grad::one, Grad::each, Grad::context})

@@ -1,7 +1,7 @@
 // The CUDA kernels' own code on a host, block by block: no GPU is needed.
 //
 // mma.sync places the registers of the 32 lanes in A, B and C by the layout that the PTX manual documents,
-// and multiplies. Partial sums start as NaN.
+// and multiplies. Sums are truncated as tensor cores do. Partial sums start as NaN.
 #pragma once
 
 #include "../../csrc/cuda/skinny_plan.h"
@@ -12,15 +12,21 @@ namespace {
 using namespace nmkern;
 using namespace nmkern::cuda;
 
+// The double towards zero as a float.
+inline float truncated(double sum) {
+  const auto nearest = float(sum);
+  return std::abs(double{nearest}) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 struct WarpState {
   uint32_t a[kLanes][4], b[kLanes][2];
   double product[16][8];
 
-  void multiply() {
+  void multiply(Dtype operand) {
     double left[16][16], right[16][8];
     for (int lane = 0; lane < kLanes; ++lane)
       for (int e = 0; e < 2; ++e) {
-        const auto value = [e](uint32_t reg) { return float_of(e ? reg & 0xFFFF0000 : reg << 16); };
+        const auto value = [&](uint32_t reg) { return float_of_half(uint16_t(reg >> 16 * e), operand); };
         for (int reg = 0; reg < 4; ++reg) left[a_row(lane, reg)][a_col(lane, reg, e)] = value(a[lane][reg]);
         for (int reg = 0; reg < 2; ++reg) right[b_row(lane, reg, e)][b_col(lane)] = value(b[lane][reg]);
       }
@@ -65,13 +71,14 @@ struct HostLane : HostThread {
     std::memcpy(element, x, sizeof element);
   }
 
+  template <Dtype kOperand>
   void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     WarpState& warp = block.states[thread_ / kLanes];
     std::memcpy(warp.a[lane()], a, sizeof a);
     std::memcpy(warp.b[lane()], b, sizeof b);
-    meet(block.warps[thread_ / kLanes], [&] { warp.multiply(); });
+    meet(block.warps[thread_ / kLanes], [&] { warp.multiply(kOperand); });
     for (int reg = 0; reg < 4; ++reg)
-      c[reg] = float(double{c[reg]} + warp.product[c_row(lane(), reg)][c_col(lane(), reg)]);
+      c[reg] = truncated(double{c[reg]} + warp.product[c_row(lane(), reg)][c_col(lane(), reg)]);
   }
 
   void store(float* to, float a, float b, float c, float d) const {

@@ -18,8 +18,8 @@ struct Simulate {
   void operator()() const {
     using Patch = typename C::Patch;
     char name[64];
-    std::snprintf(name, sizeof name, "%x %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
-                  C::kBatchTiles, C::kParts);
+    std::snprintf(name, sizeof name, "%x %d %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
+                  C::kBatchTiles, int(C::kOperand), C::kParts);
     kernels.insert(name);
     direct += wide_plan_of<C>(call).partial_bytes == 0;
     most_splits = std::max(most_splits, wide_plan_of<C>(call).splits);
@@ -48,6 +48,6 @@ int main() {
   if (most_splits < 2) fail("no case splits the reduction");
   if (direct == 0 || direct == cases) fail("all cases end alike");
   if (indexed < 2) fail("no part has several chunks and contexts");
-  if (kernels.size() != 36) fail("not every kernel ran: " + std::to_string(kernels.size()));
+  if (kernels.size() != 48) fail("not every kernel ran: " + std::to_string(kernels.size()));
   std::printf("%lld cases, %zu kernels\n", (long long)cases, kernels.size());
 }

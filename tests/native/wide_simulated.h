@@ -25,6 +25,8 @@ struct PhaseBarrier {
 
 // One wgmma of a warpgroup: where its lanes' registers are, and what it read.
 struct Issued {
+  Dtype operand{};
+  bool add = true;
   int tiles = 0;
   uint32_t b = 0;
   std::array<float*, kWarpgroup> d{};
@@ -75,15 +77,15 @@ struct Warpgroup {
     for (; at_work.size() > most; at_work.pop_front())
       for (const Issued& op : at_work.front()) {
         if (read(op) != op.read) fail("what wgmma reads changed while it was at work");
-        const auto value = [&](int at) { return float_of(op.read[at] << 16); };
+        const auto value = [&](int at) { return float_of_half(uint16_t(op.read[at]), op.operand); };
         for (int thread = 0; thread < kWarpgroup; ++thread)
           for (int tile = 0; tile < op.tiles; ++tile)
             for (int reg = 0; reg < 4; ++reg) {
               const int row = 16 * (thread / kLanes) + c_row(thread % kLanes, reg);
               const int col = 8 * tile + c_col(thread % kLanes, reg);
-              double sum = op.d[thread][4 * tile + reg];
+              double sum = op.add ? op.d[thread][4 * tile + reg] : 0;
               for (int k = 0; k < 16; ++k) sum += double{value(16 * row + k)} * value(16 * (64 + col) + k);
-              op.d[thread][4 * tile + reg] = float(sum);
+              op.d[thread][4 * tile + reg] = truncated(sum);
             }
       }
   }
@@ -151,9 +153,11 @@ struct HostHopper : HostLane {
   uint32_t operand(const unsigned char* memory) const {
     return descriptor_low(uint32_t(memory - warpgroup().shared) + kSharedAddress);
   }
-  template <int tiles>
-  void multiply(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b) {
+  template <Dtype kOperand, int tiles>
+  void multiply(float (&d)[tiles][4], const uint32_t (&a)[4], uint32_t b, bool add) {
     Issued& next = warpgroup().next;
+    next.operand = kOperand;
+    next.add = add;
     next.tiles = tiles;
     next.b = b;
     next.d[thread() % kWarpgroup] = &d[0][0];
@@ -162,6 +166,10 @@ struct HostHopper : HostLane {
   }
 
   void load_four(const float* from, float (&value)[4]) const {
+    if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load is not aligned");
+    std::memcpy(value, from, sizeof value);
+  }
+  void load_floats(const float* from, float (&value)[kPacked]) const {
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load is not aligned");
     std::memcpy(value, from, sizeof value);
   }
@@ -183,8 +191,12 @@ void run_wide(const Dense& call, void* scratch) {
   std::memset(scratch, 0xFF, wide_scratch_of<C>(call));
   for_each_part<C>(call, scratch, [](const WidePlan& plan) {
     HopperBlock none(kWideThreads, 0, 0, 0);
-    for (int64_t at = 0; plan.packed && at < plan.pack.count(); ++at)
-      pack_x<C::kParts>(plan.pack, HostHopper(none, 0), at);
+    for (int64_t at = 0; plan.packed && C::kParts == 1 && at < plan.pack.count(); ++at)
+      pack_copy(plan.pack, HostHopper(none, 0), at);
+    for (uint32_t row = 0; C::kParts > 1 && row < plan.pack.batch; ++row)
+      run_threads<HostHopper>(kPackThreads, 4, row, 0, 0, [&](HostHopper& lane, unsigned char* shared) {
+        pack_row(plan.pack, lane, reinterpret_cast<uint32_t*>(shared));
+      });
     for (uint32_t x = 0; x < std::min(plan.product.tiles, kSimulatedBlocks); ++x)
       run_threads<HostHopper>(
           kWideThreads, C::kSharedBytes, x, 0, 0,
