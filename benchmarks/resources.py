@@ -129,7 +129,8 @@ def _compile_product(
     given = {
         **dict.fromkeys(("OUT_BANK", "BIAS_BANK"), banks),
         **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "PARTS": parts},
-        **{"DTYPE": _TYPES[operand], "FIELDS": tile.fields, "BO": tile.outputs, "BR": step},
+        **{"CHAINS": dtype == "float32", "DTYPE": _TYPES[operand], "FIELDS": tile.fields},
+        **{"BO": tile.outputs, "BR": step},
         **{"BM": tile.batch, "WARPS": tile.warps, "PIECES": 2 if arch < 90 and tile.batch >= 64 else 1},
     }
     pointers = {

@@ -52,13 +52,16 @@ def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
     words = tag == rademacher and not transposed
     if batch > _LARGE.batch and parts == 1 and not words:
         return _HUGE  # with several parts, it spilled up to 4,712 bytes on sm_80
-    tile = next((t for t in (_SMALL, _MIDDLE) if batch <= t.batch), _LARGE)
+    # float32, in several parts, has sums of its own in each step: in tiles of 64 rows they spilled.
+    larger = _LARGE if parts == 1 else _MIDDLE
+    tile = next((t for t in (_SMALL, _MIDDLE) if batch <= t.batch), larger)
     if transposed and tag != normal:  # all fields of a word, or 8 of 32, so that each is hashed once
         tile = replace(tile, fields=8)
-    if tile.batch == _LARGE.batch and words:
+    if words and (tile.batch == _LARGE.batch or parts > 1):
         tile = replace(tile, warps=8)
-    if tile.batch == _LARGE.batch and tag == normal and parts > 1:
-        tile = replace(tile, outputs=128)  # with 256, it spilled 8 to 16 bytes
+    if transposed and tag != normal and tile.batch == _SMALL.batch and parts > 1:
+        # 7.95 instructions a weight on sm_80; with twice the warps 8.03, with three stages it spilled.
+        tile = replace(tile, outputs=128, warps=2, stages=2)
     return tile
 
 

@@ -115,6 +115,7 @@ def _plan(
     }
     constants = {
         **both,
+        "CHAINS": dtype == torch.float32 and parts > 1,
         "FIELDS": tile.fields,
         "BO": tile.outputs,
         "BM": tile.batch,
