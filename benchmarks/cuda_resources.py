@@ -53,7 +53,10 @@ def kernels(arch: str) -> tuple[Kernel, ...]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         run_tool("cuobjdump", "-xelf", "all", str(library), cwd=folder)
-        for cubin in sorted(Path(folder).glob(f"*.sm_{arch}.cubin")):
+        # CUDA 12.8's cuobjdump, Triton 3.6's, names the code of sm_90a sm_90.
+        names = (f"*.sm_{arch}.cubin", f"*.sm_{arch.rstrip('af')}.cubin")
+        cubins = next(filter(None, (sorted(Path(folder).glob(name)) for name in names)), [])
+        for cubin in cubins:
             usage = run_tool("cuobjdump", "-res-usage", str(cubin))
             used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
             counts = {name: (int(registers), int(stack)) for name, registers, stack in used}

@@ -3,7 +3,6 @@
 // Python checks arguments and words the errors.
 #include "tensors.h"
 
-#include <bit>
 #include <tuple>
 #include <utility>
 
@@ -20,25 +19,14 @@ using nmkern::cpu::Dense;
 using nmkern::cpu::FlyNet;
 using nmkern::cpu::Runtime;
 using nmkern::cpu::Sparse;
-using nmkern::dtype_of;
-using nmkern::kMaxDims;
+using nmkern::empty;
 using nmkern::Matrix;
 using nmkern::matrix_of;
 using nmkern::network_of;
+using nmkern::Packed;
 using nmkern::projection_of;
 using nmkern::ScalarType;
 using nmkern::Tensor;
-
-Tensor empty(const Tensor& like, int64_t dims, const int64_t* sizes) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return nmkern::empty(aoti_torch_device_type_cpu(), 0, dtype, dims, sizes);
-}
-
-Tensor empty(const Tensor& like, int64_t rows, int64_t cols) {
-  const int64_t sizes[] = {rows, cols};
-  return empty(like, 2, sizes);
-}
 
 // Scratch and threads from PyTorch itself: its allocator, so that its profiler sees the bytes, and its
 // thread pool, since a second one in the process makes both ten times slower. A small call's scratch is
@@ -139,59 +127,9 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   return {product, gain_grad};
 }
 
-// The dense products as everyday eager calls make them (nmkern/ops/eager.py): the matrix in one tensor of
-// eight int64, in the order of product_of's arguments and with the bits of factor last; x with any leading
-// dimensions; gains and bias as vectors. Thirteen arguments cost 5.3 microseconds before any work, five 2.2.
-struct Packed {
-  Dense call{};
-  Banks banks;
-  int64_t dims;
-  int64_t lead[kMaxDims];  // the sizes of x, the last of them free for the result's features
-
-  Packed(const Tensor& x, const Tensor& matrix) : dims(x.dim()) {
-    STD_TORCH_CHECK(matrix.dim() == 1 && matrix.size(0) == 8 && matrix.is_contiguous() &&
-                        matrix.scalar_type() == ScalarType::Long,
-                    "matrix: expected int64 of shape [8]");
-    const auto* v = static_cast<const int64_t*>(matrix.const_data_ptr());
-    call = nmkern::product_of<Dense>(v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0,
-                                     std::bit_cast<double>(v[7]));
-    STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims, "x: expected 1 to ", kMaxDims, " dimensions");
-    call.batch = 1;
-    for (int64_t d = 0; d < dims; ++d) lead[d] = x.size(d);
-    for (int64_t d = 0; d < dims - 1; ++d) call.batch *= lead[d];
-    call.x = rows_of(x, "x", call.inputs());
-    banks.kept.reserve(3);
-  }
-
-  // tensor [..., cols] with the leading sizes of x as a matrix [batch, cols].
-  Matrix rows_of(const Tensor& tensor, const char* name, int64_t cols) const {
-    if (dims == 2) return matrix_of(tensor, name, call.batch, cols);
-    STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous() && tensor.size(dims - 1) == cols,
-                    name, ": expected a contiguous tensor of shape [..., ", cols, "]");
-    for (int64_t d = 0; d < dims - 1; ++d)
-      STD_TORCH_CHECK(tensor.size(d) == lead[d], name, ": expected the leading shape of x");
-    return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), cols, 1};
-  }
-
-  Bank vector(const std::optional<Tensor>& tensor, const char* name, int64_t features) {
-    if (!tensor) return {};
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == features &&
-                        tensor->scalar_type() == ScalarType::Float,
-                    name, ": expected float32 of shape [", features, "]");
-    return {static_cast<float*>(const_cast<void*>(banks.keep(*tensor).const_data_ptr())), 1};
-  }
-
-  Tensor result(const Tensor& like) {
-    lead[dims - 1] = call.outputs();
-    Tensor y = empty(like, dims, lead);
-    call.y = {y.mutable_data_ptr(), call.x.dtype, call.outputs(), 1};
-    return y;
-  }
-};
-
 Tensor packed_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
                      std::optional<Tensor> bias, const Tensor& matrix) {
-  Packed packed(x, matrix);
+  Packed<Dense> packed(x, matrix);
   Dense& d = packed.call;
   d.in_gain = packed.vector(in_gain, "in_gain", d.inputs());
   d.out_gain = packed.vector(out_gain, "out_gain", d.outputs());
@@ -210,7 +148,7 @@ std::tuple<Tensor, Tensor> packed_matmul_gain_grad(const Tensor& x, std::optiona
                                                    std::optional<Tensor> out_gain,
                                                    const Tensor& other, bool need_product,
                                                    const Tensor& matrix) {
-  Packed packed(x, matrix);
+  Packed<Dense> packed(x, matrix);
   Dense& d = packed.call;
   d.in_gain = packed.vector(in_gain, "in_gain", d.inputs());
   d.out_gain = packed.vector(out_gain, "out_gain", d.outputs());
@@ -287,9 +225,9 @@ Tensor flynet_gain_grad(const Tensor& x, const Tensor& d_logits, std::optional<T
 STABLE_TORCH_LIBRARY_IMPL(nmkern, CPU, m) {
   m.impl("cpu_modulated_matmul", TORCH_BOX(&modulated_matmul));
   m.impl("cpu_modulated_matmul_gain_grad", TORCH_BOX(&modulated_matmul_gain_grad));
-  m.impl("cpu_packed_matmul", TORCH_BOX(&packed_matmul));
-  m.impl("cpu_packed_matmul.bare", TORCH_BOX(&packed_matmul_bare));
-  m.impl("cpu_packed_matmul_gain_grad", TORCH_BOX(&packed_matmul_gain_grad));
+  m.impl("packed_matmul", TORCH_BOX(&packed_matmul));
+  m.impl("packed_matmul.bare", TORCH_BOX(&packed_matmul_bare));
+  m.impl("packed_matmul_gain_grad", TORCH_BOX(&packed_matmul_gain_grad));
   m.impl("cpu_sparse_matmul", TORCH_BOX(&sparse_matmul));
   m.impl("cpu_flynet_logits", TORCH_BOX(&flynet_logits));
   m.impl("cpu_flynet_gain_grad", TORCH_BOX(&flynet_gain_grad));

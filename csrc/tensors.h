@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -54,6 +55,20 @@ inline Tensor empty(int32_t device_type, int32_t device, int32_t dtype, int64_t 
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device, &handle));
   return Tensor(handle);
+}
+
+// In the dtype and on the device of `like`.
+inline Tensor empty(const Tensor& like, int64_t dims, const int64_t* sizes) {
+  int32_t dtype = 0, device_type = 0, device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device));
+  return empty(device_type, device, dtype, dims, sizes);
+}
+
+inline Tensor empty(const Tensor& like, int64_t rows, int64_t cols) {
+  const int64_t sizes[] = {rows, cols};
+  return empty(like, 2, sizes);
 }
 
 // The tensors that a call points into, contiguous and alive.
@@ -106,6 +121,57 @@ Call product_of(int64_t family, int64_t seed, int64_t row_offset, int64_t col_of
   call.factor = float(factor);
   return call;
 }
+
+// The dense products as everyday eager calls make them (nmkern/ops/eager.py): the matrix in one tensor of
+// eight int64, in the order of product_of's arguments and with the bits of factor last; x with any leading
+// dimensions; gains and bias as vectors. Thirteen arguments cost 5.3 microseconds before any work, five 2.2.
+template <class Call>
+struct Packed {
+  Call call{};
+  Banks banks;
+  int64_t dims;
+  int64_t lead[kMaxDims];  // the sizes of x, the last of them free for the result's features
+
+  Packed(const Tensor& x, const Tensor& matrix) : dims(x.dim()) {
+    STD_TORCH_CHECK(matrix.dim() == 1 && matrix.size(0) == 8 && matrix.is_contiguous() &&
+                        matrix.scalar_type() == ScalarType::Long,
+                    "matrix: expected int64 of shape [8]");
+    const auto* v = static_cast<const int64_t*>(matrix.const_data_ptr());
+    call = product_of<Call>(v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0,
+                                     std::bit_cast<double>(v[7]));
+    STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims, "x: expected 1 to ", kMaxDims, " dimensions");
+    call.batch = 1;
+    for (int64_t d = 0; d < dims; ++d) lead[d] = x.size(d);
+    for (int64_t d = 0; d < dims - 1; ++d) call.batch *= lead[d];
+    call.x = rows_of(x, "x", call.inputs());
+    banks.kept.reserve(3);
+  }
+
+  // tensor [..., cols] with the leading sizes of x as a matrix [batch, cols].
+  Matrix rows_of(const Tensor& tensor, const char* name, int64_t cols) const {
+    if (dims == 2) return matrix_of(tensor, name, call.batch, cols);
+    STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous() && tensor.size(dims - 1) == cols,
+                    name, ": expected a contiguous tensor of shape [..., ", cols, "]");
+    for (int64_t d = 0; d < dims - 1; ++d)
+      STD_TORCH_CHECK(tensor.size(d) == lead[d], name, ": expected the leading shape of x");
+    return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), cols, 1};
+  }
+
+  Bank vector(const std::optional<Tensor>& tensor, const char* name, int64_t features) {
+    if (!tensor) return {};
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == features &&
+                        tensor->scalar_type() == ScalarType::Float,
+                    name, ": expected float32 of shape [", features, "]");
+    return {static_cast<float*>(const_cast<void*>(banks.keep(*tensor).const_data_ptr())), 1};
+  }
+
+  Tensor result(const Tensor& like) {
+    lead[dims - 1] = call.outputs();
+    Tensor y = empty(like, dims, lead);
+    call.y = {y.mutable_data_ptr(), call.x.dtype, call.outputs(), 1};
+    return y;
+  }
+};
 
 // A sparse projection (cpu/sparse.h, cuda/sparse.h) of the matrix arguments of its primitive.
 template <class Call>

@@ -13,12 +13,26 @@ namespace {
 
 enum class Kernel { skinny, wide, none };
 
-// The kernel that is right for a batch, on the device where it is.
-Kernel kernel_for(const Tensor& x) {
+// The kernel that is right for a batch, on the device where x is.
+Kernel kernel_for(const Tensor& x, int64_t batch) {
   Kernels kernels{};
   check(kernels_of(x.get_device_index(), &kernels), "asking for the GPU's compute capability");
-  if (x.size(0) <= kernels.small_rows) return Kernel::skinny;
+  if (batch <= kernels.small_rows) return Kernel::skinny;
   return kernels.wide ? Kernel::wide : Kernel::none;
+}
+
+void run(const Tensor& x, const Dense& call, Kernel kernel) {
+  const bool wide = kernel == Kernel::wide;
+  const Scratch scratch(x, wide ? wide_scratch(call) : skinny_scratch(call));
+  void* stream = current_stream(x.get_device_index());
+  check(wide ? wide_product(call, scratch.data, stream) : skinny_product(call, scratch.data, stream),
+        "launching a kernel");
+}
+
+// Of a gain: zeros, or what the kernels overwrite.
+Tensor gradient(const Tensor& x, std::initializer_list<int64_t> sizes, bool zeros) {
+  return zeros ? torch::stable::new_zeros(x, sizes, ScalarType::Float)
+               : torch::stable::new_empty(x, sizes, ScalarType::Float);
 }
 
 // A call, whose x, gains and context are those of the primitives, on their device.
@@ -52,22 +66,14 @@ struct Operation {
   }
 
   // Overwritten, [rows, outputs] in the dtype of x.
-  Tensor result(int64_t rows) { return torch::stable::new_empty(x, {rows, call.outputs()}); }
-
-  void run(Kernel kernel) const {
-    const bool wide = kernel == Kernel::wide;
-    const Scratch scratch(x, wide ? wide_scratch(call) : skinny_scratch(call));
-    void* stream = current_stream(device.index());
-    check(wide ? wide_product(call, scratch.data, stream) : skinny_product(call, scratch.data, stream),
-          "launching a kernel");
-  }
+  Tensor result(int64_t rows) { return empty(x, rows, call.outputs()); }
 };
 
 Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
                         std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
                         int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
                         int64_t cols, bool transposed, double factor) {
-  const Kernel kernel = kernel_for(x);
+  const Kernel kernel = kernel_for(x, x.size(0));
   if (kernel == Kernel::none) {
     const auto found =
         by_triton("nmkern::triton_modulated_matmul", x, in_gain, out_gain, bias, context, family, seed,
@@ -81,7 +87,7 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
   call.bias = operation.bank(bias, "bias", call.outputs(), context.has_value());
   Tensor y = operation.result(call.batch);
   call.y = matrix_of(y, "y", call.batch, call.outputs());
-  operation.run(kernel);
+  run(x, call, kernel);
   return y;
 }
 
@@ -90,7 +96,7 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
     const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
     int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
     bool transposed, double factor) {
-  const Kernel kernel = kernel_for(x);
+  const Kernel kernel = kernel_for(x, x.size(0));
   if (kernel == Kernel::none) {
     const auto found = by_triton("nmkern::triton_modulated_matmul_gain_grad", x, in_gain, out_gain, other,
                                  context, contexts, need_product, family, seed, row_offset, col_offset,
@@ -105,11 +111,65 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   call.other = matrix_of(other, "other", call.batch, call.outputs());
   STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ",
                   call.batch, " without a context, got ", contexts);
-  Tensor grad = torch::stable::new_zeros(x, {contexts, call.outputs()}, ScalarType::Float);
+  Tensor grad = gradient(x, {contexts, call.outputs()}, context || call.batch == 0);
   call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};
   Tensor product = operation.result(need_product ? call.batch : 0);
   if (need_product) call.y = matrix_of(product, "product", call.batch, call.outputs());
-  operation.run(kernel);
+  run(x, call, kernel);
+  return {product, grad};
+}
+
+// A call as everyday eager calls make it (see Packed), on a GPU where no batch goes on to Triton's operators.
+struct Eager {
+  Packed<Dense> packed;
+  const Tensor& x;
+  Kernel kernel;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  Eager(const Tensor& input, const Tensor& matrix)
+      : packed(input, matrix), x(input), kernel(kernel_for(x, packed.call.batch)), guard(x.get_device_index()) {
+    STD_TORCH_CHECK(kernel != Kernel::none, "x: this library has no kernel for ", packed.call.batch, " rows");
+  }
+
+  Bank vector(const std::optional<Tensor>& tensor, const char* name, int64_t features) {
+    if (tensor) is_here(*tensor, name);
+    return packed.vector(tensor, name, features);
+  }
+
+  void is_here(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected the device of x");
+  }
+};
+
+Tensor packed_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
+                     std::optional<Tensor> bias, const Tensor& matrix) {
+  Eager eager(x, matrix);
+  Dense& call = eager.packed.call;
+  call.in_gain = eager.vector(in_gain, "in_gain", call.inputs());
+  call.out_gain = eager.vector(out_gain, "out_gain", call.outputs());
+  call.bias = eager.vector(bias, "bias", call.outputs());
+  Tensor y = eager.packed.result(x);
+  run(x, call, eager.kernel);
+  return y;
+}
+
+Tensor packed_matmul_bare(const Tensor& x, const Tensor& matrix) {
+  return packed_matmul(x, {}, {}, {}, matrix);
+}
+
+std::tuple<Tensor, Tensor> packed_matmul_gain_grad(const Tensor& x, std::optional<Tensor> in_gain,
+                                                   std::optional<Tensor> out_gain, const Tensor& other,
+                                                   bool need_product, const Tensor& matrix) {
+  Eager eager(x, matrix);
+  Dense& call = eager.packed.call;
+  call.in_gain = eager.vector(in_gain, "in_gain", call.inputs());
+  call.out_gain = eager.vector(out_gain, "out_gain", call.outputs());
+  eager.is_here(other, "other");
+  call.other = eager.packed.rows_of(other, "other", call.outputs());
+  Tensor grad = gradient(x, {call.outputs()}, call.batch == 0);
+  call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), 1};
+  Tensor product = need_product ? eager.packed.result(x) : empty(x, 0, call.outputs());
+  run(x, call, eager.kernel);
   return {product, grad};
 }
 
@@ -119,6 +179,9 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
 STABLE_TORCH_LIBRARY_IMPL(nmkern, CUDA, m) {
   m.impl("cuda_modulated_matmul", TORCH_BOX(&nmkern::cuda::modulated_matmul));
   m.impl("cuda_modulated_matmul_gain_grad", TORCH_BOX(&nmkern::cuda::modulated_matmul_gain_grad));
+  m.impl("packed_matmul", TORCH_BOX(&nmkern::cuda::packed_matmul));
+  m.impl("packed_matmul.bare", TORCH_BOX(&nmkern::cuda::packed_matmul_bare));
+  m.impl("packed_matmul_gain_grad", TORCH_BOX(&nmkern::cuda::packed_matmul_gain_grad));
 }
 
 #define NMKERN_EXPORT extern "C" __attribute__((visibility("default")))

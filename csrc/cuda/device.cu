@@ -27,7 +27,9 @@ cudaError_t kept(std::atomic<int64_t> (&known)[kDevices], int device, int64_t* a
 }
 
 cudaError_t attribute(cudaDeviceAttr which, int device, int* value) {
-  return cudaDeviceGetAttribute(value, which, device);
+  const cudaError_t error = cudaDeviceGetAttribute(value, which, device);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be told of it
+  return error;
 }
 
 }  // namespace

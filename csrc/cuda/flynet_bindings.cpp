@@ -56,7 +56,7 @@ Tensor flynet_logits(const Tensor& x, const Tensor& gain, std::optional<Tensor> 
   banks.kept.reserve(2);
   net.gain = banks.bank(gain, "gain", hidden, net.batch, context.has_value());
   net.context = banks.context(context, net.batch);
-  Tensor logits = torch::stable::new_empty(x, {net.batch, classes});
+  Tensor logits = empty(x, net.batch, classes);
   net.logits = matrix_of(logits, "logits", net.batch, classes);
   sweep(net, x, bytes);
   return logits;

@@ -45,14 +45,19 @@ inline int64_t shared_of(int32_t device) {
   return bytes;
 }
 
+inline Tensor bytes_on(const Tensor& like, int64_t count) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  return empty(device_type, like.get_device_index(), aoti_torch_dtype_uint8(), 1, &count);
+}
+
 // Scratch of a call, on the device of `like`, aligned as kernels want it.
 struct Scratch {
   static constexpr int64_t kAlignment = 64;
   Tensor tensor;
   void* data;
 
-  Scratch(const Tensor& like, int64_t bytes)
-      : tensor(torch::stable::new_empty(like, {bytes + kAlignment}, ScalarType::Byte)) {
+  Scratch(const Tensor& like, int64_t bytes) : tensor(bytes_on(like, bytes + kAlignment)) {
     const auto at = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
     data = reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
   }

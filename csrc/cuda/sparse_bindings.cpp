@@ -21,7 +21,7 @@ Tensor sparse_matmul(const Tensor& x, int64_t seed, int64_t row_offset, int64_t 
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   call.x = matrix_of(x, "x", call.batch, call.inputs());
-  Tensor y = torch::stable::new_empty(x, {call.batch, call.outputs()});
+  Tensor y = empty(x, call.batch, call.outputs());
   call.y = matrix_of(y, "y", call.batch, call.outputs());
   const Scratch scratch(x, bytes);
   check(sparse_product(call, shared, scratch.data, current_stream(device)), "launching a kernel");

@@ -1,13 +1,15 @@
-"""The dense primitives of the cpu backend as everyday eager calls make them: fewer, packed arguments.
+"""The dense primitives as everyday eager calls make them, with fewer, packed arguments.
 
-    cpu_packed_matmul(x, in_gain, out_gain, bias, matrix)
-    cpu_packed_matmul.bare(x, matrix)
-    cpu_packed_matmul_gain_grad(x, in_gain, out_gain, other, need_product, matrix)
+    packed_matmul(x, in_gain, out_gain, bias, matrix)
+    packed_matmul.bare(x, matrix)
+    packed_matmul_gain_grad(x, in_gain, out_gain, other, need_product, matrix)
+
+The cpu backend has them for CPU tensors, the cuda backend for CUDA tensors, where it serves every batch.
 
 x is ``[..., K]``, of two dimensions or contiguous; gains, bias and the gradient of a gain are vectors in
 float32. ``matrix`` holds the matrix arguments of the primitives in one int64 tensor: an argument of a
 PyTorch operator costs 0.2 to 0.4 microseconds, and with all thirteen the call costs 5.3 before any work,
-with these five 2.2 (an int[] 3.4, a string 3.0).
+with these five 2.2 (an int[] 3.4, a string 3.0). It is a CPU tensor whatever the device of x.
 
 They have no rules: nothing here is differentiated, batched or traced. The kernels check shapes and
 dtypes to guard memory and raise RuntimeError; who calls them words the error.
@@ -25,9 +27,9 @@ from nmkern.matrix import RandomMatrix
 
 _GAINS = "Tensor x, Tensor? in_gain, Tensor? out_gain"
 SCHEMAS = {
-    "cpu_packed_matmul": f"({_GAINS}, Tensor? bias, Tensor matrix) -> Tensor",
-    "cpu_packed_matmul.bare": "(Tensor x, Tensor matrix) -> Tensor",
-    "cpu_packed_matmul_gain_grad": (
+    "packed_matmul": f"({_GAINS}, Tensor? bias, Tensor matrix) -> Tensor",
+    "packed_matmul.bare": "(Tensor x, Tensor matrix) -> Tensor",
+    "packed_matmul_gain_grad": (
         f"({_GAINS}, Tensor other, bool need_product, Tensor matrix) -> (Tensor, Tensor)"
     ),
 }
@@ -42,9 +44,9 @@ def _define(name: str) -> Callable[..., Any]:
     return getattr(op, "_op", op)  # what the overload calls itself: 0.4 us less
 
 
-matmul = _define("cpu_packed_matmul")
-matmul_bare = _define("cpu_packed_matmul.bare")
-gain_grad = _define("cpu_packed_matmul_gain_grad")
+matmul = _define("packed_matmul")
+matmul_bare = _define("packed_matmul.bare")
+gain_grad = _define("packed_matmul_gain_grad")
 
 
 def pack(matrix: RandomMatrix) -> tuple[torch.Tensor, ...]:

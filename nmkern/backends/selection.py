@@ -27,8 +27,9 @@ BACKENDS: dict[str, ModuleType] = {
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
-# Dtypes whose dense products on CPU tensors the cpu backend is known to serve: _choices, for a quick look.
-native: set[torch.dtype] = set()
+# Dtypes whose dense products the backend of a device's name is known to serve, at every batch: _choices, for a
+# quick look.
+native: dict[str, set[torch.dtype]] = {"cpu": set(), "cuda": set()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _forget() -> None:
     _choices.clear()
-    native.clear()
+    for dtypes in native.values():
+        dtypes.clear()
 
 
 def _refusals(family: str, dtype: torch.dtype, device: str) -> tuple[str | None, dict[str, str]]:
@@ -149,8 +151,8 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
         if known is None:
             raise _no_backend(refused)
         _choices[key] = known
-        if known == device == "cpu" and family in DENSE_FAMILIES:
-            native.add(dtype)
+        if known == device and family in DENSE_FAMILIES and BACKENDS[known].serves_every_batch():
+            native[device].add(dtype)
     return known
 
 

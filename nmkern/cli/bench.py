@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         check_device(args.device)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        if cuda:
+        if ":" in args.device:  # PyTorch sets no device without an index
             torch.cuda.set_device(args.device)
         clock = CudaClock() if cuda else HostClock()
         old = None

@@ -21,6 +21,8 @@ from nmkern.nn.contexts import ContextModule
 from nmkern.nn.records import MatrixModule
 
 Layout = Literal["dense", "csr"]
+# What PyTorch warns of at the first CSR tensor, the latter from 2.11 on.
+CSR_WARNINGS = "Sparse (CSR tensor support is in beta|invariant checks are implicitly disabled)"
 
 
 class StoredLinear(ModulatedLinear):
@@ -86,7 +88,7 @@ class StoredProjection(MatrixModule):
         weight = self.matrix.materialize(dtype, device).contiguous()
         if layout == "csr":
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+                warnings.filterwarnings("ignore", CSR_WARNINGS)
                 made = weight.to_sparse_csr()
                 # Its columns lie in a storage of twice the size.
                 parts = (made.crow_indices(), made.col_indices().clone(), made.values())

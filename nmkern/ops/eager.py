@@ -1,9 +1,11 @@
-"""The everyday call of modulated_linear: plain CPU tensors in eager mode, gains and bias as vectors.
+"""The everyday call of modulated_linear: plain tensors in eager mode, gains and bias as vectors.
 
-The checks, the operator's arguments and the node of the graph are most of a small call's time, so this
-way has the fewest of each. In microseconds at 64 x 64 and M = 1 on one machine: checks 1.1, entering the
-operator 0.7, allocating the result 0.6, the product 0.6, and where a gradient is needed the node 2.9; in all
-3.1 and 6.0, where torch's own linear layer took 2.5 and 3.1, and the checked way three times ours.
+CPU tensors, and CUDA tensors where the cuda backend serves every batch. The checks, the operator's arguments
+and the node of the graph are most of a small call's time, so this way has the fewest of each. In microseconds
+at 64 x 64 and M = 1 on one machine: checks 1.1, entering the operator 0.7, allocating the result 0.6, the
+product 0.6, and where a gradient is needed the node 2.9; in all 3.1 and 6.0, where torch's own linear layer
+took 2.5 and 3.1, and the checked way three times ours. On CUDA tensors, with launches that took no time, a call
+took the host 4.5, with an in_gain and a bias 5.8, and the checked way 14 and 22.
 
 The invariant: it computes what the checked way computes, bit for bit, and declines (None) whatever it
 does not know to be plain or right; the checked way then serves the call, or words the error.
@@ -30,7 +32,7 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 _transform = torch._C._functorch.maybe_current_level
 _autocast = torch._C._is_any_autocast_enabled
-_native = selection.native
+_on_cpu, _on_cuda = selection.native["cpu"], selection.native["cuda"]
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -38,8 +40,7 @@ def _is_plain(x: Tensor) -> bool:
     return (
         not _compiling()  # first: what follows is not for the compiler to trace
         and type(x) in _PLAIN
-        and x.dtype in _native
-        and x.is_cpu
+        and (x.dtype in _on_cpu if x.is_cpu else x.is_cuda and x.dtype in _on_cuda)
         and (x.ndim == 2 or x.is_contiguous())
         and not _dispatch_modes()
         and not _function_modes()
@@ -132,7 +133,8 @@ def _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix: RandomMatr
     """The same by the differentiable primitives, which take rows and banks in two dimensions."""
     in_bank, out_bank = (None if gain is None else gain.unsqueeze(0) for gain in (in_gain, out_gain))
     rows = None if x is None else x.reshape(-1, matrix.cols)
-    dx, *d_banks = OPERATORS["cpu"].gradients(
+    # The backend of the device's name: no other's call comes here.
+    dx, *d_banks = OPERATORS[dy.device.type].gradients(
         needs, dy.reshape(-1, matrix.rows), rows, in_bank, out_bank, None, 1, primitives.dense_args(matrix)
     )
     dx = None if dx is None else dx.reshape(*dy.shape[:-1], matrix.cols)

@@ -47,6 +47,7 @@ def machine(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     environment.read.cache_clear()
     monkeypatch.setattr(selection, "_choices", {})
+    monkeypatch.setitem(selection.native, "cuda", set())
     monkeypatch.setattr(triton, "_installed", lambda: True)
 
     def make(*rows, wide=False, capability=(9, 0), error=None):
@@ -128,6 +129,21 @@ def test_with_wgmma_every_batch_is_its_own(machine, monkeypatch):
     for batch, kernel in ((16, "cuda (mma.sync)"), (17, "cuda (wgmma)"), (10**6, "cuda (wgmma)")):
         found = explain(DENSE, torch.bfloat16, "cuda", batch)
         assert (found.backend, found.kernel) == ("cuda", kernel)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_calls_take_the_short_way_where_every_batch_is_its_own(machine, wide):
+    """See nmkern.ops.eager. Not with another backend forced, nor for what it does not compute."""
+    machine(16, wide=wide)
+    known = selection.native["cuda"]
+    for dtype in (*DTYPES, torch.float64):
+        for family in ("uniform", "sparse"):
+            selection.select(family, dtype, "cuda")
+    assert known == (set(DTYPES) if wide else set())
+    with use_backend("triton"):
+        selection.select("uniform", torch.float32, "cuda")
+        assert known == set()
+    assert known == set()
 
 
 def test_the_rows_can_be_set(machine):

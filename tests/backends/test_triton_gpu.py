@@ -165,6 +165,34 @@ def test_batches_go_where_explain_says():
 
 
 @pytest.mark.cuda_library
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("names", [(), ("in_gain", "bias"), ("in_gain", "out_gain", "bias")], ids=str)
+def test_everyday_calls_are_packed_and_give_the_same_bits(names, rows):
+    """See nmkern.ops.eager: only where no batch goes on to Triton."""
+    g = generator(rows)
+    matrix = RandomMatrix(300, 700, seed=1)
+    sizes = {"in_gain": 700, "out_gain": 300, "bias": 300}
+    leaves = [
+        normals((2, rows, 700), g, torch.bfloat16).cuda(),
+        *(normals((sizes[n],), g).cuda() for n in names),
+    ]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    dy = normals((2, rows, 300), g, torch.bfloat16).cuda()
+
+    def call(**context):
+        y = modulated_linear(leaves[0], matrix, **dict(zip(names, leaves[1:], strict=True)), **context)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    call()  # which chooses the backend
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = call()
+    ran = {event.key for event in profile.key_averages() if event.key.startswith("nmkern::")}
+    assert all(name.startswith("nmkern::packed_matmul") for name in ran) == cuda.kernels().wide
+    for one, same in zip(found, call(strength=1.0), strict=True):  # a strength is not plain
+        assert torch.equal(one, same)
+
+
+@pytest.mark.cuda_library
 def test_sparse_matrices_go_where_explain_says():
     """What has no room in a block's shared memory, of any GPU, is Triton's."""
     for cols, backend in ((784, "cuda"), (20000, "triton")):

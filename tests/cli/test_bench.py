@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from cli.test_cli import run
 from nmkern.bench import clocks, huge
@@ -125,6 +126,23 @@ def test_bad_options_end_with_one_line_and_code_2(tmp_path, capsys, options, mes
     assert run("bench", *options, "--out", out) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("cuda", []), ("cuda:1", [1])])
+def test_a_gpu_without_an_index_is_the_current_one(tmp_path, capsys, monkeypatch, name, chosen):
+    """PyTorch's own set_device, which takes no name without an index; then the clock would be made."""
+    asked = []
+
+    def no_clock():
+        raise RuntimeError("the clock comes next")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", asked.append, raising=False)
+    monkeypatch.setattr(clocks, "CudaClock", no_clock)
+    assert run("bench", "--device", name, "--out", tmp_path / "out") == 2
+    assert "the clock comes next" in capsys.readouterr().err
+    assert asked == chosen
 
 
 def test_comparing_with_other_cases_is_refused_before_measuring(tmp_path, capsys, steady):

@@ -21,7 +21,7 @@ from formula import KINDS, Expected, T, arguments, exact_matrix, generator, inte
 
 import nmkern
 from nmkern import stream
-from nmkern.backends import cuda, primitives, triton
+from nmkern.backends import cuda, packed, primitives, triton
 
 MATMUL = primitives.overload("cuda", "modulated_matmul")
 GAIN_GRAD = primitives.overload("cuda", "modulated_matmul_gain_grad")
@@ -36,6 +36,12 @@ def matmul(x, matrix, in_gain=None, out_gain=None, bias=None, context=None):
 def gain_grad(x, other, matrix, contexts, context=None, in_gain=None, out_gain=None, product=True):
     args = (x, in_gain, out_gain, other, context, contexts, product, *primitives.dense_args(matrix))
     return GAIN_GRAD.redispatch(CUDA, *args)
+
+
+def packed_call(name, *args):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.nmkern, packet), overload or "default")
+    return op.redispatch(CUDA, *args)
 
 
 def bank(value):
@@ -175,6 +181,52 @@ def check_larger_batches_by_wgmma(library):
     library.simulated_wgmma(0)
 
 
+def check_packed_calls(library):
+    """As the primitives, bit for bit, in any number of dimensions and by both kernels; what they refuse."""
+    library.simulated_wgmma(1)
+    g = generator(5)
+    matrix = exact_matrix("normal", 50, 21)[2:, 3:].T
+    forward, transpose = packed.pack(matrix)
+    (n, k), before, calls = matrix.shape, library.simulated_products(), 0
+    vectors = [integers((size,), 2, g) for size in (k, n, n)]
+    for lead in ((), (5,), (2, 3), (40,), (3, 1, 20), (0,), (2, 0)):
+        x, other = (integers((*lead, size), 2, g) for size in (k, n))
+        rows = x.reshape(-1, k)
+        for gains in (vectors, [None] * 3, [vectors[0], None, vectors[2]]):
+            y = packed_call("packed_matmul", x, *gains, forward)
+            want = matmul(rows, matrix, *(None if v is None else v[None] for v in gains))
+            assert torch.equal(y, want.view(*lead, n))
+            for wanted in (True, False):
+                dx, grad = packed_call(
+                    "packed_matmul_gain_grad", other, gains[1], gains[0], x, wanted, transpose
+                )
+                want = gain_grad(
+                    other.reshape(-1, n),
+                    rows,
+                    matrix.T,
+                    1,
+                    None,
+                    *(None if v is None else v[None] for v in (gains[1], gains[0])),
+                    product=wanted,
+                )
+                assert torch.equal(grad, want[1][0])
+                assert torch.equal(dx, want[0].view(*lead, k) if wanted else want[0])
+            calls += 6
+        assert torch.equal(packed_call("packed_matmul.bare", x, forward), matmul(rows, matrix).view(*lead, n))
+        calls += 2
+    assert library.simulated_products() == before + calls
+    for refused, gains in (
+        (f"in_gain: expected float32 of shape [{k}]", (torch.ones(k - 1), None, None)),
+        ("bias: expected the device of x", (None, None, torch.ones(n, device="meta"))),
+    ):
+        with pytest.raises(RuntimeError) as raised:
+            packed_call("packed_matmul", torch.ones(4, k), *gains, forward)
+        assert refused in str(raised.value)
+    library.simulated_wgmma(0)
+    with pytest.raises(RuntimeError, match="x: this library has no kernel for 17 rows"):
+        packed_call("packed_matmul.bare", torch.ones(17, k), forward)
+
+
 def check_through_the_public_operator(library):
     """Gradients, and one compiled graph for batches on both sides of the border. On CPU tensors, forced."""
     for primitive, op in (("modulated_matmul", MATMUL), ("modulated_matmul_gain_grad", GAIN_GRAD)):
@@ -246,6 +298,7 @@ def main(path, stub):
         check_gradients_of_gains()
         check_larger_batches(library)
         check_larger_batches_by_wgmma(library)
+        check_packed_calls(library)
         check_through_the_public_operator(library)
         check_errors(library)
         simulated_cuda_sparse.check_all(library)

@@ -22,7 +22,7 @@ from nmkern.nn import ModulatedLinear
 from nmkern.ops.rules import plain_apply
 
 MATRIX = RandomMatrix(6, 4, seed=1)
-SHORT, CHECKED = {"nmkern::cpu_packed_matmul"}, {"nmkern::cpu_modulated_matmul"}
+SHORT, CHECKED = {"nmkern::packed_matmul"}, {"nmkern::cpu_modulated_matmul"}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def both_ways(form, matrix, names, dtype, gradient):
         with way():
             found.append(ran(step))
     (ours, operators), (theirs, _) = found
-    assert operators and all(name.startswith("nmkern::cpu_packed_") for name in operators)
+    assert operators and all(name.startswith("nmkern::packed_") for name in operators)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
 

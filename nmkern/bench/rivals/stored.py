@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that PyTorch's use
 
 from nmkern.bench.clocks import Apart, Eager
 from nmkern.bench.rivals.base import Operands, Product, in_turn
+from nmkern.memory.twin import CSR_WARNINGS
 from nmkern.stream import DENSE_FAMILIES
 
 DENSE = tuple(DENSE_FAMILIES)
@@ -33,7 +34,7 @@ def compiled(operands: Operands) -> Product:
 
 def csr(operands: Operands) -> Product:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", CSR_WARNINGS)
         weights = in_turn([weight.to_sparse_csr() for weight in operands.stored()])
     return Product(lambda x: (next(weights) @ x.T).T, operands.inputs, kind=Eager)
 
