@@ -27,8 +27,8 @@ BACKENDS: dict[str, ModuleType] = {
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
-# Dtypes whose dense products the backend of a device's name is known to serve, at every batch: _choices, for a
-# quick look.
+# Dtypes whose dense products the backend of a device's name is known to serve, at every batch: _choices,
+# for a quick look.
 native: dict[str, set[torch.dtype]] = {"cpu": set(), "cuda": set()}
 
 

@@ -4,8 +4,8 @@ CPU tensors, and CUDA tensors where the cuda backend serves every batch. The che
 and the node of the graph are most of a small call's time, so this way has the fewest of each. In microseconds
 at 64 x 64 and M = 1 on one machine: checks 1.1, entering the operator 0.7, allocating the result 0.6, the
 product 0.6, and where a gradient is needed the node 2.9; in all 3.1 and 6.0, where torch's own linear layer
-took 2.5 and 3.1, and the checked way three times ours. On CUDA tensors, with launches that took no time, a call
-took the host 4.5, with an in_gain and a bias 5.8, and the checked way 14 and 22.
+took 2.5 and 3.1, and the checked way three times ours. On CUDA tensors, with launches that took no time, a
+call took the host 4.5, with an in_gain and a bias 5.8, and the checked way 14 and 22.
 
 The invariant: it computes what the checked way computes, bit for bit, and declines (None) whatever it
 does not know to be plain or right; the checked way then serves the call, or words the error.

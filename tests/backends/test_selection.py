@@ -159,7 +159,8 @@ def test_the_backend_that_explain_names_is_the_one_that_runs():
             with torch.profiler.profile() as profile:
                 operator(torch.ones(2, 4, dtype=dtype), matrix)
             ran = {event.key for event in profile.key_averages() if event.key.startswith("nmkern::")}
-            assert {name.split("::")[1].split("_")[0] for name in ran} == {backend}
+            served = {"cpu": {"cpu", "packed"}}.get(backend, {backend})  # packed: of the device's own backend
+                assert ran and {name.split("::")[1].split("_")[0] for name in ran} <= served
 
 
 # use_backend
