@@ -160,7 +160,7 @@ def test_the_backend_that_explain_names_is_the_one_that_runs():
                 operator(torch.ones(2, 4, dtype=dtype), matrix)
             ran = {event.key for event in profile.key_averages() if event.key.startswith("nmkern::")}
             served = {"cpu": {"cpu", "packed"}}.get(backend, {backend})  # packed: of the device's own backend
-                assert ran and {name.split("::")[1].split("_")[0] for name in ran} <= served
+            assert ran and {name.split("::")[1].split("_")[0] for name in ran} <= served
 
 
 # use_backend
