@@ -161,12 +161,11 @@ def measure(
     model: nn.Module, inputs: tuple[Tensor, ...], optimizer: str, resident: ResidentMeter | None = None
 ) -> Footprint:
     """The footprint of one model, measured in this process; two training steps change it."""
-    device = inputs[0].device.type
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rule = OPTIMIZERS[optimizer](trained, lr=_LEARNING_RATE) if trained else None
     step = _Step(model, inputs, rule)
     grown = {name: resident.growth(phase) if resident else phase() for name, phase in step.phases()}
-    meter = AllocatorMeter(device)
+    meter = AllocatorMeter(inputs[0].device)
     held, allocated = 0, {}
     for name, phase in step.phases():
         usage = meter.measure(phase)

@@ -29,16 +29,20 @@ class Usage:
 
 
 class AllocatorMeter:
-    """PyTorch's allocator of the CPU, or of a CUDA device: ``start``, ``stop``, not nested."""
+    """PyTorch's allocator of the CPU, or of a CUDA device ("cuda": the current one).
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
+    ``start`` and ``stop`` are not nested.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
 
     def start(self) -> None:
         if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
         else:
             activities = [torch.profiler.ProfilerActivity.CPU]
             self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
@@ -47,8 +51,9 @@ class AllocatorMeter:
 
     def stop(self) -> Usage:
         if self.cuda:
-            torch.cuda.synchronize()
-            peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+            torch.cuda.synchronize(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            held = torch.cuda.memory_allocated(self.device)
             return Usage(peak - self._before, held - self._before)
         with _quiet():
             self._profile.stop()

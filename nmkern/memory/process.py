@@ -50,6 +50,7 @@ def _run(model: Any, **job: Any) -> dict[str, Any]:
         except Exception as error:  # whatever pickle says of whatever the model holds
             raise ValueError(f"model: expected one that pickle can save, got {error!r}") from error
         job["threads"] = torch.get_num_threads()
+        job["device"] = model.device if isinstance(model, sources.Source) else str(model[1][0].device)
         Path(folder, "job.json").write_text(json.dumps(job))
         start = _START.format(path=[str(each) for each in sys.path], folder=folder)
         done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
@@ -64,7 +65,7 @@ def child(folder: str) -> None:
     """What the new process does with the job in ``folder``."""
     job = json.loads(Path(folder, "job.json").read_text())
     torch.set_num_threads(job["threads"])
-    _load_what_is_loaded_once()
+    _load_what_is_loaded_once(job["device"])
     resident = ResidentMeter()
     before = resident.size()
     given = torch.load(Path(folder, "model.pt"), weights_only=False)
@@ -82,7 +83,10 @@ def child(folder: str) -> None:
     Path(folder, "answer.json").write_text(json.dumps(answer))
 
 
-def _load_what_is_loaded_once() -> None:
-    """The native library, autograd's threads and the profiler, which are no part of a model's footprint."""
-    layers = nn.Sequential(ModulatedLinear(32, 32, seed=1), nn.Linear(32, 1))
-    measure(layers, (torch.ones(4, 32),), "adam")
+def _load_what_is_loaded_once(device: str) -> None:
+    """The native library, autograd's threads and the profiler, which are no part of a model's footprint.
+
+    On a GPU also what CUDA keeps on the host for a process that uses it.
+    """
+    layers = nn.Sequential(ModulatedLinear(32, 32, seed=1), nn.Linear(32, 1)).to(device)
+    measure(layers, (torch.ones(4, 32, device=device),), "adam")

@@ -69,13 +69,17 @@ def test_the_cuda_meter_reads_the_allocators_counters(monkeypatch):
         state.held += count
         state.peak = max(state.peak, state.held)
 
+    asked = []
     fake = types.SimpleNamespace(
-        synchronize=lambda: None,
-        reset_peak_memory_stats=lambda: setattr(state, "peak", state.held),
-        memory_allocated=lambda: state.held,
-        max_memory_allocated=lambda: state.peak,
+        synchronize=asked.append,
+        reset_peak_memory_stats=lambda device: asked.append(device) or setattr(state, "peak", state.held),
+        memory_allocated=lambda device: asked.append(device) or state.held,
+        max_memory_allocated=lambda device: asked.append(device) or state.peak,
     )
     monkeypatch.setattr(torch, "cuda", fake)
     usage = AllocatorMeter("cuda").measure(lambda: (allocate(50), allocate(-30), allocate(5)))
     assert (usage.peak, usage.held) == (50, 25)
-    assert AllocatorMeter("cuda").measure(lambda: allocate(-25)).peak == 0
+    assert set(asked) == {torch.device("cuda")}
+    asked.clear()
+    assert AllocatorMeter("cuda:1").measure(lambda: allocate(-25)).peak == 0
+    assert set(asked) == {torch.device("cuda:1")}

@@ -2,12 +2,16 @@
 
 import copy
 import io
+import json
+import re
+import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from nmkern.memory import footprint, task_curve
+from nmkern.memory import footprint, process, task_curve
 from nmkern.memory import tasks as tasks_module
 from nmkern.memory.measuring import CSR, OURS, STORED, bytes_of
 from nmkern.memory.meters import AllocatorMeter, ResidentMeter
@@ -36,6 +40,28 @@ def model():
 
 def x():
     return torch.ones(M, K)
+
+
+def test_a_process_of_its_own_first_uses_the_device_that_it_measures_on(monkeypatch):
+    """What a device's library keeps on the host is no part of a model's resident size."""
+    jobs, warmed = [], []
+
+    def run(command, **_):
+        folder = Path(re.search(r"child\('(.*)'\)", command[-1])[1])
+        jobs.append(json.loads((folder / "job.json").read_text())["device"])
+        (folder / "answer.json").write_text("{}")
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(process.subprocess, "run", run)
+    process._run((model(), (torch.ones(M, K, device="meta"),)), variant=OURS, optimizer="adam")
+    process._run(Source("flynet", device="cuda:1"), counts=[1])
+    assert jobs == ["meta", "cuda:1"]
+    monkeypatch.setattr(
+        process, "measure", lambda layers, inputs, _: warmed.extend([*layers.parameters(), *inputs])
+    )
+    with torch.random.fork_rng(devices=[]):
+        process._load_what_is_loaded_once("meta")
+    assert warmed and all(tensor.device.type == "meta" for tensor in warmed)
 
 
 CONTEXT = 4 * (H + N + N)  # gains and bias
