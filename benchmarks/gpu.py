@@ -68,6 +68,8 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str]) -> str | None
     results.unlink(missing_ok=True)
     workers = ("-n", "auto", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     ours = {k: v for k, v in os.environ.items() if not k.startswith("NMKERN_") and k != "TRITON_INTERPRET"}
+    # A process of PyTorch 2.11 that ends soon after its first compilation may wait 300 s for compiling ones.
+    ours.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     ours["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # addopts asks for xdist, which may not be there.
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-rs", "--strict-markers"]

@@ -187,6 +187,7 @@ def test_what_cannot_be_here_is_not_asked_for(tmp_path, monkeypatch, capsys, lib
     [
         ("def test_a(): pass", None),
         ("def test_a(): assert False", "pytest ended with 1"),
+        ("import os\ndef test_a(): assert os.environ['TORCHINDUCTOR_COMPILE_THREADS'] == '1'", None),
         ("import pytest\ndef test_a(): pytest.skip('no backend')\ndef test_b(): pass", "1 were skipped"),
         ("def other(): pass", "none was collected"),
         ("import nothing_of_that_name", "pytest ended with"),
