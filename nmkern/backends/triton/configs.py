@@ -60,8 +60,8 @@ def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
     if words and (tile.batch == _LARGE.batch or parts > 1):
         tile = replace(tile, warps=8)
     if transposed and tag != normal and tile.batch == _SMALL.batch and parts > 1:
-        # 7.95 instructions a weight on sm_80; with twice the warps 8.03, with three stages it spilled.
-        tile = replace(tile, outputs=128, warps=2, stages=2)
+        # 7.95 instructions a weight on sm_80; with half the warps 8.03, with three stages it spilled.
+        tile = replace(tile, outputs=512, warps=8, stages=2)
     return tile
 
 
