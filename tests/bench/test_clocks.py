@@ -42,11 +42,11 @@ def test_freed_memory_stays_with_the_process():
         torch.ones(2**20)
         torch.ones(2**22)
 
-    for _ in range(3):
-        allocate()
-    before = faults()
-    for _ in range(10):
-        allocate()
+    # The heap may still grow among the first ten.
+    for _ in range(2):
+        before = faults()
+        for _ in range(10):
+            allocate()
     assert faults() - before < 1000  # with glibc's defaults 8192
 
 
