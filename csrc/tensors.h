@@ -28,10 +28,14 @@ constexpr int64_t kMaxDims = 8;  // of a result
 
 inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
 
@@ -44,16 +48,14 @@ inline Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, in
 }
 
 // Overwritten results: half the time of torch::stable::new_empty, which was a quarter of a small call.
-inline Tensor empty(int32_t device_type, int32_t device, int32_t dtype, int64_t dims,
-                    const int64_t* sizes) {
+inline Tensor empty(int32_t device_type, int32_t device, int32_t dtype, int64_t dims, const int64_t* sizes) {
   int64_t strides[kMaxDims];
   for (int64_t d = dims - 1, stride = 1; d >= 0; --d) {
     strides[d] = stride;
     stride *= std::max<int64_t>(1, sizes[d]);
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device, &handle));
   return Tensor(handle);
 }
 
@@ -83,9 +85,9 @@ struct Banks {
   Bank bank(const std::optional<Tensor>& tensor, const char* name, int64_t features, int64_t batch,
             bool context) {
     if (!tensor) return {};
-    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(1) == features &&
-                        tensor->scalar_type() == ScalarType::Float,
-                    name, ": expected float32 of shape [contexts, ", features, "]");
+    STD_TORCH_CHECK(
+        tensor->dim() == 2 && tensor->size(1) == features && tensor->scalar_type() == ScalarType::Float, name,
+        ": expected float32 of shape [contexts, ", features, "]");
     const int64_t rows = tensor->size(0);
     STD_TORCH_CHECK(rows == 1 || context || rows == batch, name, ": expected 1 or ", batch,
                     " rows without a context, got ", rows);
@@ -95,16 +97,14 @@ struct Banks {
   // Whether the indices are in range is for the caller to see to: they may be on a device.
   const int64_t* context(const std::optional<Tensor>& tensor, int64_t batch) {
     if (!tensor) return nullptr;
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == batch &&
-                        tensor->scalar_type() == ScalarType::Long,
-                    "context: expected int64 of shape [", batch, "]");
+    STD_TORCH_CHECK(
+        tensor->dim() == 1 && tensor->size(0) == batch && tensor->scalar_type() == ScalarType::Long,
+        "context: expected int64 of shape [", batch, "]");
     return static_cast<const int64_t*>(keep(*tensor).const_data_ptr());
   }
 };
 
-inline Key key_of(int64_t seed) {
-  return {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)};
-}
+inline Key key_of(int64_t seed) { return {uint32_t(uint64_t(seed)), uint32_t(uint64_t(seed) >> 32)}; }
 
 // A dense product (cpu/dense.h, cuda/dense.h) of the matrix arguments of the primitives.
 template <class Call>
@@ -137,8 +137,7 @@ struct Packed {
                         matrix.scalar_type() == ScalarType::Long,
                     "matrix: expected int64 of shape [8]");
     const auto* v = static_cast<const int64_t*>(matrix.const_data_ptr());
-    call = product_of<Call>(v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0,
-                                     std::bit_cast<double>(v[7]));
+    call = product_of<Call>(v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0, std::bit_cast<double>(v[7]));
     STD_TORCH_CHECK(dims >= 1 && dims <= kMaxDims, "x: expected 1 to ", kMaxDims, " dimensions");
     call.batch = 1;
     for (int64_t d = 0; d < dims; ++d) lead[d] = x.size(d);
@@ -150,8 +149,8 @@ struct Packed {
   // tensor [..., cols] with the leading sizes of x as a matrix [batch, cols].
   Matrix rows_of(const Tensor& tensor, const char* name, int64_t cols) const {
     if (dims == 2) return matrix_of(tensor, name, call.batch, cols);
-    STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous() && tensor.size(dims - 1) == cols,
-                    name, ": expected a contiguous tensor of shape [..., ", cols, "]");
+    STD_TORCH_CHECK(tensor.dim() == dims && tensor.is_contiguous() && tensor.size(dims - 1) == cols, name,
+                    ": expected a contiguous tensor of shape [..., ", cols, "]");
     for (int64_t d = 0; d < dims - 1; ++d)
       STD_TORCH_CHECK(tensor.size(d) == lead[d], name, ": expected the leading shape of x");
     return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(tensor, name), cols, 1};
@@ -159,9 +158,9 @@ struct Packed {
 
   Bank vector(const std::optional<Tensor>& tensor, const char* name, int64_t features) {
     if (!tensor) return {};
-    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == features &&
-                        tensor->scalar_type() == ScalarType::Float,
-                    name, ": expected float32 of shape [", features, "]");
+    STD_TORCH_CHECK(
+        tensor->dim() == 1 && tensor->size(0) == features && tensor->scalar_type() == ScalarType::Float, name,
+        ": expected float32 of shape [", features, "]");
     return {static_cast<float*>(const_cast<void*>(banks.keep(*tensor).const_data_ptr())), 1};
   }
 
@@ -193,8 +192,9 @@ Call projection_of(int64_t seed, int64_t row_offset, int64_t col_offset, int64_t
 // A fused network (cpu/flynet.h, cuda/flynet.h) of the matrix arguments of its primitives.
 template <class Net>
 Net network_of(int64_t encoder_seed, int64_t encoder_row, int64_t encoder_col, int64_t hidden, int64_t inputs,
-               int64_t population, int64_t fan_in, double encoder_factor, int64_t family, int64_t decoder_seed,
-               int64_t decoder_row, int64_t decoder_col, int64_t classes, double decoder_factor) {
+               int64_t population, int64_t fan_in, double encoder_factor, int64_t family,
+               int64_t decoder_seed, int64_t decoder_row, int64_t decoder_col, int64_t classes,
+               double decoder_factor) {
   Net net{};
   net.inputs = inputs;
   net.hidden = hidden;

@@ -43,9 +43,8 @@ struct Operation {
   Banks banks;
   Dense call;
 
-  Operation(const Tensor& input, const std::optional<Tensor>& in_gain,
-            const std::optional<Tensor>& out_gain, const std::optional<Tensor>& context,
-            const Dense& matrix)
+  Operation(const Tensor& input, const std::optional<Tensor>& in_gain, const std::optional<Tensor>& out_gain,
+            const std::optional<Tensor>& context, const Dense& matrix)
       : x(input), device(input.device()), guard(device.index()), call(matrix) {
     call.batch = x.size(0);
     call.x = matrix_of(x, "x", call.batch, call.inputs());
@@ -71,13 +70,12 @@ struct Operation {
 
 Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
                         std::optional<Tensor> bias, std::optional<Tensor> context, int64_t family,
-                        int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows,
-                        int64_t cols, bool transposed, double factor) {
+                        int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
+                        bool transposed, double factor) {
   const Kernel kernel = kernel_for(x, x.size(0));
   if (kernel == Kernel::none) {
-    const auto found =
-        by_triton("nmkern::triton_modulated_matmul", x, in_gain, out_gain, bias, context, family, seed,
-                  row_offset, col_offset, rows, cols, transposed, factor);
+    const auto found = by_triton("nmkern::triton_modulated_matmul", x, in_gain, out_gain, bias, context,
+                                 family, seed, row_offset, col_offset, rows, cols, transposed, factor);
     return torch::stable::detail::to<Tensor>(found[0]);
   }
   Operation operation(
@@ -91,16 +89,17 @@ Tensor modulated_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::opt
   return y;
 }
 
-std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
-    const Tensor& x, std::optional<Tensor> in_gain, std::optional<Tensor> out_gain,
-    const Tensor& other, std::optional<Tensor> context, int64_t contexts, bool need_product,
-    int64_t family, int64_t seed, int64_t row_offset, int64_t col_offset, int64_t rows, int64_t cols,
-    bool transposed, double factor) {
+std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(const Tensor& x, std::optional<Tensor> in_gain,
+                                                      std::optional<Tensor> out_gain, const Tensor& other,
+                                                      std::optional<Tensor> context, int64_t contexts,
+                                                      bool need_product, int64_t family, int64_t seed,
+                                                      int64_t row_offset, int64_t col_offset, int64_t rows,
+                                                      int64_t cols, bool transposed, double factor) {
   const Kernel kernel = kernel_for(x, x.size(0));
   if (kernel == Kernel::none) {
-    const auto found = by_triton("nmkern::triton_modulated_matmul_gain_grad", x, in_gain, out_gain, other,
-                                 context, contexts, need_product, family, seed, row_offset, col_offset,
-                                 rows, cols, transposed, factor);
+    const auto found =
+        by_triton("nmkern::triton_modulated_matmul_gain_grad", x, in_gain, out_gain, other, context, contexts,
+                  need_product, family, seed, row_offset, col_offset, rows, cols, transposed, factor);
     return {torch::stable::detail::to<Tensor>(found[0]), torch::stable::detail::to<Tensor>(found[1])};
   }
   Operation operation(
@@ -109,8 +108,8 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(
   Dense& call = operation.call;
   operation.is_here(other, "other");
   call.other = matrix_of(other, "other", call.batch, call.outputs());
-  STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ",
-                  call.batch, " without a context, got ", contexts);
+  STD_TORCH_CHECK(contexts == 1 || context || contexts == call.batch, "contexts: expected 1 or ", call.batch,
+                  " without a context, got ", contexts);
   Tensor grad = gradient(x, {contexts, call.outputs()}, context || call.batch == 0);
   call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), contexts};
   Tensor product = operation.result(need_product ? call.batch : 0);
@@ -127,7 +126,10 @@ struct Eager {
   torch::stable::accelerator::DeviceGuard guard;
 
   Eager(const Tensor& input, const Tensor& matrix)
-      : packed(input, matrix), x(input), kernel(kernel_for(x, packed.call.batch)), guard(x.get_device_index()) {
+      : packed(input, matrix),
+        x(input),
+        kernel(kernel_for(x, packed.call.batch)),
+        guard(x.get_device_index()) {
     STD_TORCH_CHECK(kernel != Kernel::none, "x: this library has no kernel for ", packed.call.batch, " rows");
   }
 

@@ -1,5 +1,5 @@
-// Where the elements of mma.sync.m16n8k16 (bf16, A row-major, B column-major, C float32) lie in a warp's
-// registers, and which weights of a patch a lane generates for them.
+// Where the elements of mma.sync.m16n8k16 (bf16 or f16, A row-major, B column-major, C float32) lie in a
+// warp's registers, and which weights of a patch a lane generates for them.
 //
 //   C[16, 8] += A[16, 16] B[16, 8],  A: weights, B: x, C: sums; the rows of C are outputs n, its columns
 //   rows m of the batch, the inner index the reduction k

@@ -211,8 +211,8 @@ NMKERN_DEVICE void stage_table(const Machine& machine, unsigned char* shared) {
         machine.table().template code<kOperand>(i / kLanes);
 }
 
-// The loop that the time goes into: hash a patch, decode, multiply by the batch, from step `first` of the stage
-// on; nothing else.
+// The loop that the time goes into: hash a patch, decode, multiply by the batch, from step `first` of the
+// stage on; nothing else.
 template <class C, class Machine, class Fixed, class Sums>
 NMKERN_DEVICE void multiply(const Product& p, Machine& machine, const unsigned char* shared, uint32_t patch,
                             int first, int steps, const Fixed& fixed, int slice_bits, Sums& sums) {

@@ -52,7 +52,7 @@ struct Case {
   int64_t padding = 0;     // elements between rows of x
   int64_t stride = 1;      // between columns
   Grad grad = Grad::none;
-  bool product = true;     // with grad: is y wanted
+  bool product = true;  // with grad: is y wanted
   int64_t most_scratch = Dense{}.most_scratch;
   int64_t contexts = 3;
 };
@@ -80,8 +80,9 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   const bool wide = c.dtype == Dtype::float32 && !c.modulated;
   for (int64_t m = 0; m < c.batch; ++m)
     for (int64_t k = 0; k < c.inputs; ++k)
-      x[m * row_stride + k * c.stride] =
-          !wide ? integer(4) : random() % uint64_t(c.inputs) < 3 ? integer(21000) : 0;
+      x[m * row_stride + k * c.stride] = !wide                               ? integer(4)
+                                         : random() % uint64_t(c.inputs) < 3 ? integer(21000)
+                                                                             : 0;
   Buffer<uint32_t> storage(elements + 4);
   auto* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) & ~15ul);
   call.x = {data, c.dtype, row_stride, c.stride};
@@ -130,8 +131,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
 
   std::vector<double> row(c.inputs);
   for (int64_t n = 0; n < c.outputs; ++n) {
-    for (int64_t k = 0; k < c.inputs; ++k)
-      row[k] = c.transposed ? code_at(call, k, n) : code_at(call, n, k);
+    for (int64_t k = 0; k < c.inputs; ++k) row[k] = c.transposed ? code_at(call, k, n) : code_at(call, n, k);
     for (int64_t m = 0; m < c.batch; ++m) {
       double sum = 0;
       for (int64_t k = 0; k < c.inputs; ++k)
@@ -140,8 +140,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
       if (std::abs(sum) > 0x1p24) fail("the case itself is not exact");
       double want = sum * 0.5;
       const int64_t grad_row = c.grad == Grad::one ? 0 : c.grad == Grad::each ? m : nearest[m];
-      if (c.grad != Grad::none)
-        want_grad[grad_row * c.outputs + n] += other_value[m * c.outputs + n] * want;
+      if (c.grad != Grad::none) want_grad[grad_row * c.outputs + n] += other_value[m * c.outputs + n] * want;
       if (c.modulated) want *= out_gain[banks ? n : m * c.outputs + n];
       if (call.bias.data) want += bias[n];
       if (c.product && y[m * c.outputs + n] != want) {
@@ -216,10 +215,10 @@ void check_float32(const Execute& execute, Family family, bool transposed, Buffe
   }
 }
 
-// float32 of any size in one row. With u = 2^-24, an element's parts are off by at most 2 u of it, or 2^-40 of
-// the row's largest, whose code may be 1 where the element's is 252; the three parts of a k16 step at most make
-// as many sums, each truncated and so off by 2 u of the magnitude; adding a chain and the factor are 2 u more.
-// Subnormal results are off by their last place.
+// float32 of any size in one row. With u = 2^-24, an element's parts are off by at most 2 u of it, or 2^-40
+// of the row's largest, whose code may be 1 where the element's is 252; the three parts of a k16 step at most
+// make as many sums, each truncated and so off by 2 u of the magnitude; adding a chain and the factor are 2 u
+// more. Subnormal results are off by their last place.
 template <class Execute>
 void check_ranges(const Execute& execute, Family family, bool transposed, int64_t batch) {
   std::mt19937_64 random(6);
@@ -234,8 +233,8 @@ void check_ranges(const Execute& execute, Family family, bool transposed, int64_
   });
 }
 
-// The house bound of a relative error of 2e-6 at K = 8192 (../formula.py, ../ops/test_modulated_linear.py says
-// what it leaves room for), which one chain of truncated sums misses ten times over.
+// The house bound of a relative error of 2e-6 at K = 8192 (../formula.py, ../ops/test_modulated_linear.py
+// says what it leaves room for), which one chain of truncated sums misses ten times over.
 template <class Execute>
 void check_accuracy(const Execute& execute, Family family, bool transposed, int64_t batch) {
   std::mt19937 random(8);
@@ -271,18 +270,18 @@ int64_t check_all(const Execute& execute) {
     for (bool transposed : {false, true}) {
       for (Dtype dtype : {Dtype::bfloat16, Dtype::float16})
         for (int64_t batch : {1, 9, 24, 64}) run({family, transposed, 0, 0, 64, 40, batch, dtype});
-      run({family, transposed, 5, 43, 77, 33, 7});                    // ragged everywhere
-      run({family, transposed, 3, 0, 1, 1, 2});                       // one weight
-      run({family, transposed, kFar, kFar + 5, 130, 31, 13});         // the stream's far end
-      run({family, transposed, 2, 1, 32, 9, 70});                     // more rows than a block takes
-      run({family, transposed, 0, 0, 1024, 8, 3});                    // several splits
+      run({family, transposed, 5, 43, 77, 33, 7});             // ragged everywhere
+      run({family, transposed, 3, 0, 1, 1, 2});                // one weight
+      run({family, transposed, kFar, kFar + 5, 130, 31, 13});  // the stream's far end
+      run({family, transposed, 2, 1, 32, 9, 70});              // more rows than a block takes
+      run({family, transposed, 0, 0, 1024, 8, 3});             // several splits
       run({family, transposed, 4, 32, 96, 24, 5, Dtype::bfloat16, false, 32});  // aligned, x with padding
       run({family, transposed, 1, 2, 45, 12, 5, Dtype::bfloat16, false, 3, 2});
       run({family, transposed, 1, 2, 45, 12, 5, Dtype::float16, true, 3, 2});
       run({family, transposed, 6, 7, 50, 21, 12, Dtype::float32});
       run({family, transposed, 6, 7, 90, 21, 4, Dtype::float16});
-      run({family, transposed, 9, 35, 24, 17, 8, Dtype::bfloat16, true});   // no in_gain: a row for each row
-      run({family, transposed, 9, 35, 24, 17, 9, Dtype::bfloat16, true});   // in_gain by context
+      run({family, transposed, 9, 35, 24, 17, 8, Dtype::bfloat16, true});  // no in_gain: a row for each row
+      run({family, transposed, 9, 35, 24, 17, 9, Dtype::bfloat16, true});  // in_gain by context
       run({family, transposed, 9, 35, 24, 17, 35, Dtype::float32, true});
       const auto run_grad = [&](int64_t outputs, int64_t batch, Dtype dtype, bool modulated, Grad grad,
                                 bool product) {
@@ -326,7 +325,8 @@ int64_t check_large(const Execute& execute) {
       for (Grad grad : {Grad::one, Grad::each, Grad::context})  // two parts of several chunks
         run({family, transposed, 3, 6, 40, 70, 550, Dtype::bfloat16, false, 0, 1, grad, true, 500000});
       for (int64_t contexts : {100, 700})  // one part; more contexts than rows
-        run({family, transposed, 3, 6, 40, 9, 300, Dtype::float32, true, 0, 1, Grad::context, true, 1 << 20, contexts});
+        run({family, transposed, 3, 6, 40, 9, 300, Dtype::float32, true, 0, 1, Grad::context, true, 1 << 20,
+             contexts});
     }
   return cases;
 }
