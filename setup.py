@@ -28,10 +28,12 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import OptionError
 
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+_AVX512_BF16 = [*_AVX512, "-mavx512vbmi", "-mavx512bf16"]
 # Instruction sets are chosen at run time, so each file is compiled for its own and nothing for the
 # machine at hand. Files without an entry are baseline code.
 ISA_FLAGS = {
-    "cpu/avx512_bf16.cpp": [*_AVX512, "-mavx512vbmi", "-mavx512bf16"],
+    "cpu/amx.cpp": _AVX512_BF16,  # its tile instructions are assembly
+    "cpu/avx512_bf16.cpp": _AVX512_BF16,
     "cpu/avx512.cpp": _AVX512,
     "cpu/avx2.cpp": ["-mavx2", "-mfma"],
 }

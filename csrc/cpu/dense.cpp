@@ -7,6 +7,7 @@
 #include "dense.h"
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "kernels.h"
@@ -22,11 +23,17 @@ constexpr int64_t kFewTiles = 8;
 // Zen 5 bfloat16 lost a fifth of its speed from M = 256 to 1024. So on Zen 4 M = 256, 512 and 1024 take 78, 159
 // and 320 to 339 ms (8192 x 8192). 128 rows generate more: 5 % slower.
 constexpr int64_t kPartRows = 256;
+// On a matrix unit a row costs a sixteenth of that, and x comes from L2 or nothing keeps up: so many rows and so much
+// of the reduction at a time that x takes 1 MiB, for as many tiles as half of that holds the sums of.
+constexpr int64_t kUnitPartRows = 128;
+constexpr int64_t kUnitBlockBytes = 1 << 20, kUnitSumsBytes = 1 << 19;
+constexpr int64_t kUnitChain = 8192;  // elements that are summed in one chain, see add_sums in tile.h
 
 struct Launch {
   const Dense& call;
   const Runtime& runtime;
   const Kernels& k;
+  int parts;  // of an element of x where a matrix unit multiplies; 0 elsewhere
   bool bf16;
   int64_t unit;             // reduction elements of a word (forward: columns, transposed: rows)
   int64_t reduction_first;  // first word of the reduction
@@ -37,6 +44,9 @@ struct Launch {
   int64_t head;  // outputs of the first tile that lie before the matrix
   int64_t tiles;
   int64_t block;  // rows of x a micro-kernel takes
+  // Whether a packed row has an element that is not tiny, from row large_from on; see MatrixUnit::pack.
+  uint8_t* large = nullptr;
+  int64_t large_from = 0;
 
   Launch(const Dense& c, const Runtime& r)
       : call(c),
@@ -44,7 +54,8 @@ struct Launch {
         k(kernels()),
         // x * in_gain is no bfloat16: rounding it to one would be a rounding that the exact result does
         // not make, so gains on the input take the float32 kernels (up to twice the time at large M).
-        bf16(k.bf16 && c.x.dtype == Dtype::bfloat16 && !c.in_gain.data) {
+        parts(k.unit ? parts_of(c) : 0),
+        bf16(!parts && k.bf16 && c.x.dtype == Dtype::bfloat16 && !c.in_gain.data) {
     const int64_t columns = columns_per_word(c.family);
     unit = c.transposed ? kRowsPerPatch : columns;
     vectors = c.transposed ? columns : kRowsPerPatch;
@@ -53,18 +64,43 @@ struct Launch {
     reduction_first = in / unit;
     padding = in % unit;
     reduction_words = (in + c.inputs() - 1) / unit - reduction_first + 1;
+    if (parts) reduction_words = round_up(reduction_words, std::max<int64_t>(1, 2 * kUnitSteps / unit));
     output_first = out / vectors;
     head = out % vectors;
     tiles = (head + c.outputs() + tile_outputs() - 1) / tile_outputs();
-    block = c.batch <= 2 * k.max_block ? c.batch : k.tile_block;
+    if (parts) block = blocks_of(c.batch, blocks_of(c.batch, kUnitRows));  // all much the same, none empty
+    else block = c.batch <= 2 * k.max_block ? c.batch : k.tile_block;
   }
+
+  static int parts_of(const Dense& c) {
+    if (c.x.dtype == Dtype::float32 || c.in_gain.data) return 3;
+    return c.x.dtype == Dtype::float16 ? 2 : 1;
+  }
+  static int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+  static int64_t round_up(int64_t n, int64_t multiple) { return blocks_of(n, multiple) * multiple; }
 
   int64_t tile_outputs() const { return vectors * k.lanes; }
   int64_t elements() const { return reduction_words * unit; }  // of a packed row
-  int64_t steps() const { return elements() / (bf16 ? 2 : 1); }
-  int64_t packed_row_bytes() const { return steps() * 4; }
-  int64_t part_rows() const { return std::max<int64_t>(1, kPartRows / block) * block; }
-  int64_t tile_bytes() const { return call.batch <= k.fused_block ? 0 : k.scratch_bytes; }
+  int64_t steps() const { return elements() / (bf16 || parts ? 2 : 1); }
+  int64_t packed_row_bytes() const { return steps() * 4 * std::max(parts, 1); }
+  // A matrix unit takes whole blocks of rows.
+  int64_t padded(int64_t rows) const { return parts ? round_up(rows, block) : rows; }
+  int64_t part_rows() const { return std::max<int64_t>(1, (parts ? kUnitPartRows : kPartRows) / block) * block; }
+  // Words of the reduction that are gone through with one tile after the other.
+  int64_t block_words(int64_t rows) const {
+    if (!parts) return reduction_words;
+    const int64_t fit = kUnitBlockBytes / (padded(rows) * parts * unit * 2);
+    return std::max<int64_t>(1, std::min(fit, kUnitChain / unit) / kTileWords) * kTileWords;
+  }
+  bool stacked() const { return call.batch == block && parts > 1 && parts * block <= kUnitRows; }
+  bool chained(int64_t rows) const { return block_words(rows) < reduction_words || stacked(); }
+  // Tiles that share a block of the reduction while it is in L2.
+  int64_t group_tiles(int64_t rows) const {
+    if (block_words(rows) >= reduction_words) return 1;
+    const int64_t parts_of_batch = (call.batch + rows - 1) / rows, fit = kUnitSumsBytes / 4 / sums_floats(padded(rows));
+    return std::clamp<int64_t>(tiles * parts_of_batch / (4 * runtime.threads), 1, std::max<int64_t>(1, fit));
+  }
+  int64_t tile_bytes() const { return !parts && call.batch <= k.fused_block ? 0 : k.scratch_bytes; }
   int64_t sums_floats(int64_t rows) const { return rows * vectors * k.lanes; }
 
   const float* bank(const Bank& bank, int64_t m, int64_t features) const {
@@ -96,7 +132,41 @@ struct Launch {
   }
 
   int64_t runs() const { return (steps() + run_steps() - 1) / run_steps(); }
-  int64_t run_steps() const { return tile_steps(call.transposed, bf16); }
+  int64_t run_steps() const { return parts ? kPanelSteps : tile_steps(call.transposed, bf16); }
+
+  // Run number `run` of row m in parts, times `scale`, to a place in a block.
+  bool pack_parts(int64_t run, int64_t m, float scale, uint32_t* to) const {
+    const int64_t step = run * run_steps(), count = std::min(run_steps(), steps() - step);
+    float row[2 * kPanelSteps];
+    pack_elements(m, 2 * step, 2 * count, row);
+    return k.unit->pack(row, count, call.transposed ? 1 : int(unit / 2), parts, scale, to, block);
+  }
+  uint32_t* parts_at(int64_t run, int64_t row, int64_t all, char* packed) const {
+    const int64_t step = run * run_steps(), count = std::min(run_steps(), steps() - step);
+    const int64_t first = row / block * block;
+    return reinterpret_cast<uint32_t*>(packed) + (step * all + first * count) * parts + (row - first) * kUnitSteps;
+  }
+  void pack_block(int64_t run, int64_t m0, int64_t first, int64_t rows, int64_t all, char* packed) const {
+    const int64_t count = std::min(run_steps(), steps() - run * run_steps());
+    for (int64_t r = 0; r < block; ++r) {
+      const int64_t m = m0 + first + r;
+      uint32_t* to = parts_at(run, first + r, all, packed);
+      if (r >= rows) {
+        for (int64_t i = 0; i < count / kUnitSteps * parts; ++i)
+          std::fill_n(to + i * block * kUnitSteps, kUnitSteps, 0);
+      } else if (pack_parts(run, m, 1, to)) {
+        std::atomic_ref(large[m - large_from]).store(1, std::memory_order_relaxed);
+      }
+    }
+  }
+  // Rows that are tiny throughout lose their last parts: again, larger.
+  void pack_tiny(int64_t m0, int64_t rows, int64_t all, char* packed) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (large[m0 + r - large_from]) continue;
+      for (int64_t run = 0; run < runs(); ++run)
+        pack_parts(run, m0 + r, 1 / kTiny, parts_at(run, r, all, packed));
+    }
+  }
 
   // Run number `run` of rows [first, first + rows) of the `all` that are packed together from m0 on.
   void pack_run(int64_t run, int64_t m0, int64_t first, int64_t rows, int64_t all, char* packed) const {
@@ -124,15 +194,26 @@ struct Launch {
   }
 
   bool packed_as_is() const {
-    return call.batch == 1 && call.x.dtype == Dtype::float32 && call.x.col_stride == 1 &&
+    return !parts && call.batch == 1 && call.x.dtype == Dtype::float32 && call.x.col_stride == 1 &&
            !call.in_gain.data && padding == 0 && elements() == call.inputs();
   }
 
-  // One row of a tile, outputs [n, n + count): factor, gains and bias, or the gradient of a gain.
+  // As MatrixUnit::untile.
+  void untile(const float* sums, int64_t chunk_stride, int64_t vector_stride, float* row) const {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const float* from = sums + v / kVectors * chunk_stride + v % kVectors * vector_stride;
+      for (int64_t lane = 0; lane < k.lanes; ++lane) row[lane * vectors + v] = from[lane];
+    }
+    for (int64_t i = 0; i < tile_outputs(); ++i) row[i] *= call.factor;
+  }
+
+  // One row of a tile, outputs [n, n + count), times the factor: gains and bias, or the gradient of a gain.
   // `spare` has room for another row.
   void finish(int64_t m, int64_t n, int64_t count, float* sum, float* spare) const {
     const int64_t n_all = call.outputs();
-    for (int64_t i = 0; i < count; ++i) sum[i] *= call.factor;
+    if (parts && !large[m - large_from]) {
+      for (int64_t i = 0; i < count; ++i) sum[i] *= kTiny;
+    }
     if (call.gain_grad.data) {
       float* grad = call.gain_grad.data + bank_row(call.gain_grad, m) * n_all + n;
       read_row(call.other, m, n, count, spare);
@@ -159,38 +240,56 @@ struct Launch {
             .reduction_word = uint32_t(reduction_first),
             .reduction_words = reduction_words,
             .block = block,
+            .parts = parts,
             .sums = reinterpret_cast<float*>(scratch + k.words_bytes + tile_bytes()),
             .scratch = scratch + k.words_bytes,
             .words = scratch};
   }
   int64_t scratch_bytes(int64_t rows) const {
-    const int64_t floats = sums_floats(rows) + 2 * tile_outputs();
+    const int64_t all = padded(rows), chain = chained(rows) ? (stacked() ? parts : 1) * sums_floats(all) : 0;
+    const int64_t floats = group_tiles(rows) * sums_floats(all) + 2 * tile_outputs() + chain;
     return (k.words_bytes + tile_bytes() + 4 * floats + 63) / 64 * 64;
   }
 
-  // Rows [m0, m0 + rows) of tile number `tile`; x is packed from m0 on.
-  void run_tile(Tile& t, int64_t tile, int64_t m0, int64_t rows, const void* x) const {
-    const auto word = uint32_t(output_first + tile * k.lanes);
-    const bool neighbour = t.x == x && word == t.output_word + uint32_t(k.lanes);
-    t.ready = neighbour ? std::min<int64_t>(kTileWords, reduction_words) : 0;
-    t.output_word = word;
-    t.batch = rows;
-    t.x = x;
+  // Rows [m0, m0 + rows) of tiles [first, first + count); x is packed from m0 on.
+  void run_tiles(Tile& t, int64_t first, int64_t count, int64_t m0, int64_t rows, int64_t part, const char* x) const {
+    const int64_t words = block_words(part), all = padded(rows), tile_sums = sums_floats(all);
     float* sums = t.sums;
-    float* row = sums + sums_floats(rows);
-    k.run(t);
+    float* row = sums + group_tiles(part) * sums_floats(padded(part));
+    t.batch = all;
+    if (chained(part)) t.chain = row + 2 * tile_outputs();
+    for (int64_t begin = 0; begin < reduction_words; begin += words) {
+      t.reduction_word = uint32_t(reduction_first + begin);
+      t.reduction_words = std::min(words, reduction_words - begin);
+      t.more = begin > 0;
+      for (int64_t tile = 0; tile < count; ++tile) {
+        const auto word = uint32_t(output_first + (first + tile) * k.lanes);
+        const bool neighbour = t.x == x && word == t.output_word + uint32_t(k.lanes);
+        t.ready = neighbour ? std::min<int64_t>(kTileWords, reduction_words) : 0;
+        t.output_word = word;
+        t.x = x;
+        t.sums = sums + tile * tile_sums;
+        if (parts) k.unit->run(t);
+        else k.run(t);
+      }
+      x += words * unit * 2 * parts * all;
+    }
+    t.sums = sums;
+    for (int64_t tile = 0; tile < count; ++tile) write_tile(first + tile, m0, rows, sums + tile * tile_sums, row);
+  }
+
+  // `row` has room for two rows of a tile.
+  void write_tile(int64_t tile, int64_t m0, int64_t rows, const float* sums, float* row) const {
     const int64_t first = tile * tile_outputs() - head;  // output of lane 0, vector 0
     const int64_t begin = std::max<int64_t>(0, -first);
-    const int64_t end = std::min(tile_outputs(), call.outputs() - first);
+    const int64_t end = std::min(tile_outputs(), call.outputs() - first), all = padded(rows);
     for (int64_t m = 0; m < rows; ++m) {
       const int64_t first_row = m / block * block;
-      const int64_t block_rows = std::min(block, rows - first_row);
-      for (int64_t v = 0; v < vectors; ++v) {
-        const float* from = sums + (v / kVectors) * rows * kVectors * k.lanes +
-                            first_row * kVectors * k.lanes +
-                            ((v % kVectors) * block_rows + m - first_row) * k.lanes;
-        for (int64_t lane = 0; lane < k.lanes; ++lane) row[lane * vectors + v] = from[lane];
-      }
+      const int64_t block_rows = std::min(block, all - first_row);
+      const float* from = sums + (first_row * kVectors + m - first_row) * k.lanes;
+      const int64_t chunk_stride = all * kVectors * k.lanes, vector_stride = block_rows * k.lanes;
+      if (parts) k.unit->untile(from, chunk_stride, vector_stride, vectors, call.factor, row);
+      else untile(from, chunk_stride, vector_stride, row);
       finish(m0 + m, first + begin, end - begin, row + begin, row + tile_outputs());
     }
   }
@@ -200,7 +299,7 @@ struct Launch {
 
 void dense_product(const Dense& call, const Runtime& runtime) {
   if (call.batch == 0) return;
-  const Launch launch(call, runtime);
+  Launch launch(call, runtime);
   // Rows of x that are packed at a time: all, or as many whole blocks as the budget takes.
   const int64_t fit = std::max<int64_t>(1, kPackedBytes / launch.packed_row_bytes() / launch.block);
   const int64_t chunk = std::min(call.batch, fit * launch.block);
@@ -215,16 +314,21 @@ void dense_product(const Dense& call, const Runtime& runtime) {
 
   char* packed = static_cast<char*>(
       launch.packed_as_is() ? call.x.data
-                            : runtime.allocate(runtime.self, launch.packed_row_bytes() * chunk));
+                            : runtime.allocate(runtime.self, launch.packed_row_bytes() * launch.padded(chunk)));
   const int64_t scratch_bytes = launch.scratch_bytes(part);
-  const int64_t tasks = launch.tiles * ((chunk + part - 1) / part);
+  const int64_t group = launch.group_tiles(part), groups = (launch.tiles + group - 1) / group;
+  const int64_t tasks = groups * ((chunk + part - 1) / part);
   const int64_t tile_grain =
-      grain(launch.elements() * launch.vectors * (6 + std::min(part, chunk)));
+      grain(group * launch.elements() * launch.vectors * (6 + std::min(part, chunk)));
   char* scratch = static_cast<char*>(
       runtime.allocate(runtime.self, scratch_bytes * workers(runtime, tasks, tile_grain)));
 
+  if (launch.parts) launch.large = static_cast<uint8_t*>(runtime.allocate(runtime.self, chunk));
+
   for (int64_t m0 = 0; m0 < call.batch; m0 += chunk) {
     const int64_t rows = std::min(chunk, call.batch - m0);
+    launch.large_from = m0;
+    if (launch.parts) std::fill_n(launch.large, rows, 0);
     const int64_t parts = (rows + part - 1) / part;
     const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
@@ -235,18 +339,26 @@ void dense_product(const Dense& call, const Runtime& runtime) {
           const int64_t all = std::min(part, rows - p);
           const int64_t first = task / runs % part_blocks * launch.block;
           if (first >= all) continue;
-          launch.pack_run(task % runs, m0 + p, first, std::min(launch.block, all - first), all,
-                          packed + p * launch.packed_row_bytes());
+          const int64_t block_rows = std::min(launch.block, all - first);
+          char* to = packed + p * launch.packed_row_bytes();
+          if (launch.parts) launch.pack_block(task % runs, m0 + p, first, block_rows, launch.padded(all), to);
+          else launch.pack_run(task % runs, m0 + p, first, block_rows, all, to);
         }
       });
     }
-    parallel_for(runtime, launch.tiles * parts, tile_grain,
+    if (launch.parts) {
+      for (int64_t p = 0; p < rows; p += part) {
+        const int64_t all = std::min(part, rows - p);
+        launch.pack_tiny(m0 + p, all, launch.padded(all), packed + p * launch.packed_row_bytes());
+      }
+    }
+    parallel_for(runtime, groups * parts, tile_grain,
                  [&](int64_t begin, int64_t end, int64_t worker) {
                    Tile tile = launch.tile_in(scratch + scratch_bytes * worker);
                    for (int64_t task = begin; task < end; ++task) {
-                     const int64_t p = task % parts * part;
-                     launch.run_tile(tile, task / parts, m0 + p, std::min(part, rows - p),
-                                     packed + p * launch.packed_row_bytes());
+                     const int64_t p = task % parts * part, first = task / parts * group;
+                     launch.run_tiles(tile, first, std::min(group, launch.tiles - first), m0 + p,
+                                      std::min(part, rows - p), part, packed + p * launch.packed_row_bytes());
                    }
                  });
   }

@@ -49,6 +49,11 @@ struct Tile {
   // [runs of tile_steps(...) reduction steps][blocks of rows][steps of the run][rows of the block]:
   // float, or a pair of bfloat16; zero where padded. A micro-kernel reads it from front to back.
   const void* x;
+  // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch rows,
+  // needed where they are or where the parts of all rows fit one register.
+  int parts;
+  bool more;
+  float* chain;
   // [chunks of kVectors vectors][blocks of rows][kVectors][rows of the block][lanes], overwritten.
   float* sums;
   void* scratch;  // scratch_bytes, 64-byte aligned
@@ -96,6 +101,27 @@ struct FlyKernels {
                    const float* d_logits, const float* weights, int64_t classes, bool add, float* products);
 };
 
+// Multiplies blocks of up to kUnitRows rows of bfloat16 pairs by tiles of weights. A row is the sum of up to three
+// rows of bfloat16, its parts: 8 bits each, 24 are a float32. Tile::x is then
+//   [runs of kPanelSteps reduction steps][blocks of rows][kUnitSteps steps of the run][parts][rows of the block][step]
+// where every block has Tile::block rows, Tile::batch is a multiple of that, and all steps are of kUnitSteps.
+struct MatrixUnit {
+  void (*run)(const Tile& tile);
+  // row[2 * steps] times `scale` as a row of a block of `rows`: step s is a pair, elements f and f + group of the
+  // (2 * group) that begin with s / group * 2 * group, f = s % group.
+  // Returns whether any is kTiny or larger, or a NaN: bfloat16's smallest numbers count as zero in the unit.
+  bool (*pack)(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to, int64_t rows);
+  // row[lane * vectors + v] = factor * sums[v][lane], for a row of a block of sums: vector v is at
+  // v / kVectors * chunk_stride + v % kVectors * vector_stride.
+  void (*untile)(const float* sums, int64_t chunk_stride, int64_t vector_stride, int64_t vectors, float factor,
+                 float* row);
+};
+
+constexpr int kUnitRows = 16;   // of x in a tile register
+constexpr int kUnitSteps = 16;  // pairs of reduction steps in one
+constexpr int kPanelSteps = 64;
+constexpr float kTiny = 0x1p-64f;
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -110,6 +136,7 @@ struct Kernels {
   void (*decode)(const Tile& tile, float* weights);
   SparseKernels sparse;
   FlyKernels fly;
+  const MatrixUnit* unit = nullptr;  // for dense products, where there is one
 };
 
 // The kernels in use: the best that this build and this CPU have, or those set by name.
@@ -117,9 +144,12 @@ const Kernels& kernels();
 bool set_kernels(const char* name);  // false where there are none of that name
 
 // One per instruction set; nullptr where the build has none.
+const Kernels* amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
+
+bool amx_granted();  // by the operating system
 
 }  // namespace nmkern::cpu

@@ -12,8 +12,10 @@ bool cpu_has(const Kernels& kernels) {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!std::strcmp(kernels.name, "avx512_bf16"))
-    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(kernels.name, "amx"))
+    return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && amx_granted();
+  if (!std::strcmp(kernels.name, "avx512_bf16")) return bf16;
   if (!std::strcmp(kernels.name, "avx512")) return avx512;
   if (!std::strcmp(kernels.name, "avx2"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -24,7 +26,7 @@ bool cpu_has(const Kernels& kernels) {
 // By name, or the best for nullptr.
 const Kernels* find(const char* name) {
   for (const Kernels* k :
-       {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
+       {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()})
     if (k && cpu_has(*k) && (!name || !std::strcmp(name, k->name))) return k;
   return nullptr;
 }

@@ -1,0 +1,198 @@
+// The dense tile kernels over a matrix unit, AMX: bfloat16 products, 8,192 of them an instruction.
+//
+//   sums[o, m] = sum_k W[o, k] * x[m, k]        o over the tile's outputs, see kernels.h
+//
+// Weights are exact in bfloat16, and so is a float32 as the sum of three of them (24 = 8 + 8 + 8 bits): a float32
+// product is three products, at five times the peak of AVX-512's float32 multiplies.
+// A decoded vector of weights, 16 outputs of a pair of reduction steps each, is one row of a tile register on the
+// B side; x lies on the A side, a row of the batch a row of the register.
+//
+// Weights go through two panels in L1: while one is multiplied with every block of rows, the next is generated, a
+// word at a time between the products, which take nothing but their own unit.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "hash.h"
+#include "tile.h"
+
+namespace nmkern::cpu {
+namespace {
+
+// The weights of a tile, kPanelSteps reduction steps (a panel) at a time. Forward, a panel is a run of columns;
+// transposed, of kTileWords patches of rows, and of each word four fields, a chunk.
+//
+// A word's hash is a chain of some 60 clocks and its decoding waits for that: words are hashed `ahead` of their use,
+// where others are decoded.
+template <class S, class C, bool Transposed>
+class Panels {
+  using Words = typename S::U[4];
+  using Hasher = std::conditional_t<Transposed, ColumnHasher<S, StoredKeys>, RowHasher<S, StoredKeys>>;
+  static constexpr int64_t kAhead = Transposed ? kTileWords : 4;
+
+  const Tile& t_;
+  const Hasher hash_;
+  Words* const words_;
+
+  static NMKERN_INLINE void arrange(Words& word) {
+    if constexpr (Transposed) C::arrange_rows(word);
+  }
+
+ public:
+  static constexpr int chunks = Transposed ? C::columns / kVectors : 1;
+  static constexpr int word_steps = Transposed ? C::patch_steps : C::forward_steps;
+  static_assert(!Transposed || kTileWords * word_steps == kPanelSteps);
+
+  explicit Panels(const Tile& t)
+      : t_(t), hash_(t.key, uint32_t(C::family), t.output_word), words_(static_cast<Words*>(t.words)) {
+    for (int64_t i = 0; i < kAhead && i < t.reduction_words; ++i) {
+      hash_(t.reduction_word + uint32_t(i), words_[i]);
+      arrange(words_[i]);
+    }
+  }
+
+  // The steps of word `i` of the reduction, a chunk of them.
+  void generate(int64_t i, int chunk, typename C::Weight* to) const {
+    const bool replace = chunk + 1 == chunks && i + kAhead < t_.reduction_words;
+    if (replace) write<true>(i, chunk, to);
+    else write<false>(i, chunk, to);
+  }
+
+ private:
+  template <bool Replace>
+  NMKERN_INLINE void write(int64_t i, int chunk, typename C::Weight* to) const {
+    if constexpr (!Transposed || chunks == 1) {
+      write_chunk<Replace>(i, std::integral_constant<int, 0>{}, to);
+    } else if constexpr (Replace) {
+      write_chunk<true>(i, std::integral_constant<int, chunks - 1>{}, to);
+    } else if constexpr (chunks == 2) {
+      if (chunk == 0) write_chunk<false>(i, std::integral_constant<int, 0>{}, to);
+      else write_chunk<false>(i, std::integral_constant<int, 1>{}, to);
+    } else {
+      write_chunk<false>(i, chunk, to);
+    }
+  }
+  template <bool Replace, class Chunk>
+  NMKERN_INLINE void write_chunk(int64_t i, Chunk chunk, typename C::Weight* to) const {
+    Words& word = words_[i % kAhead];
+    Rounds<S> state;
+    typename C::Prepared prepared[4];
+    if constexpr (!Transposed) unroll<4>([&](auto r) NMKERN_FLAT { prepared[r] = C::prepare(word[r]); });
+    unroll<word_steps>([&](auto step) NMKERN_FLAT {
+      typename C::Weight w[kVectors];
+      if constexpr (Transposed) decode_step<S, C, 0, kVectors>(w, word, step, chunk);
+      else unroll<4>([&](auto r) NMKERN_FLAT { w[r] = C::template decode<step>(prepared[r]); });
+      unroll<kVectors>([&](auto v) NMKERN_FLAT { to[step * kVectors + v] = w[v]; });
+      if constexpr (Replace) {
+        hash_stages<step * kStages / word_steps, (step + 1) * kStages / word_steps>(
+            hash_, t_.reduction_word + uint32_t(i + kAhead), state, word);
+      }
+    });
+    if constexpr (Replace) arrange(word);
+  }
+};
+
+// One panel, `steps` reduction steps from `x` on, with all rows of x; between the products, next(i) for i in [0, words).
+// Sums that are not `resident` are in memory between panels.
+template <class Unit, int Parts, class Weight, class Next>
+void multiply_panel(const Tile& t, const Weight* weights, const uint32_t* x, int64_t steps, float* sums, bool start,
+                    bool resident, bool end, int64_t words, Next&& next) {
+  const int64_t tile = t.block * kUnitSteps;  // elements of a register of sums or of x
+  const int64_t items = t.batch / t.block * (steps / kUnitSteps);
+  const auto load_sums = [&](auto v, const float* from) NMKERN_FLAT {
+    if (start) Unit::template zero<v>();
+    else if (!resident) Unit::template load<v>(from + v * tile, kUnitSteps * sizeof(float));
+  };
+  unroll<kVectors>([&](auto v) NMKERN_FLAT { load_sums(v, sums); });
+  int64_t made = 0, owed = 0;
+  for (int64_t m = 0; m < t.batch; m += t.block, sums += kVectors * tile) {
+    for (int64_t s = 0; s < steps; s += kUnitSteps, x += Parts * tile) {
+      unroll<Parts>([&](auto p) NMKERN_FLAT {
+        Unit::template load<kVectors + p>(x + p * tile, kUnitSteps * sizeof(*x));
+      });
+      unroll<kVectors>([&](auto v) NMKERN_FLAT {
+        Unit::template load<7>(weights + s * kVectors + v, kVectors * sizeof(Weight));
+        unroll<Parts>([&](auto p) NMKERN_FLAT { Unit::template multiply<v, kVectors + p, 7>(); });
+        // Sums go and the next ones come while those of other vectors are at work: 5 to 8 % at 64 and 128 rows.
+        if (s + kUnitSteps == steps) {
+          if (end || !resident) Unit::template store<v>(sums + v * tile, kUnitSteps * sizeof(float));
+          if (m + t.block < t.batch) load_sums(v, sums + kVectors * tile);
+        }
+      });
+      for (owed += words; owed >= items; owed -= items) next(made++);
+    }
+  }
+}
+
+template <class Unit, int Parts, class C, class P>
+void multiply_panels(const Tile& t, const P& panels, float* sums) {
+  using Weight = typename C::Weight;
+  constexpr int64_t kWords = kPanelSteps / P::word_steps;
+  auto* now = static_cast<Weight*>(t.scratch);
+  auto* then = now + kPanelSteps * kVectors;
+  const int64_t chunk_sums = t.batch * kVectors * kUnitSteps;
+  const auto count = [&](int64_t begin) { return std::clamp<int64_t>(t.reduction_words - begin, 0, kWords); };
+  const auto word = [](Weight* panel, int64_t i) { return panel + i * P::word_steps * kVectors; };
+  // Sums of one block of rows and one chunk stay in the tile registers.
+  const bool resident = t.batch == t.block && P::chunks == 1;
+  for (int64_t i = 0; i < count(0); ++i) panels.generate(i, 0, word(now, i));
+  for (int64_t begin = 0; begin < t.reduction_words; begin += kWords) {
+    const int64_t steps = count(begin) * P::word_steps;
+    const auto* x = static_cast<const uint32_t*>(t.x) + begin * P::word_steps * t.batch * Parts;
+    for (int chunk = 0; chunk < P::chunks; ++chunk) {
+      const bool last = chunk + 1 == P::chunks;
+      const int64_t following = last ? begin + kWords : begin;
+      const int next_chunk = last ? 0 : chunk + 1;
+      multiply_panel<Unit, Parts>(t, now, x, steps, sums + chunk * chunk_sums, begin == 0, resident,
+                                  following >= t.reduction_words, count(following), [&](int64_t i) {
+                                    panels.generate(following + i, next_chunk, word(then, i));
+                                  });
+      std::swap(now, then);
+    }
+  }
+}
+
+// sums[block of outputs and rows][kVectors][rows of the block] (+)= the parts that have lain below each other.
+template <class S>
+void collect(const Tile& t, int64_t blocks, int stacked, const float* from) {
+  const int64_t rows = t.block * S::lanes;
+  for (int64_t i = 0; i < blocks * kVectors; ++i, from += stacked * rows) {
+    float* to = t.sums + i * rows;
+    for (int64_t at = 0; at < rows; at += S::lanes) {
+      auto sum = S::load(from + at);
+      for (int p = 1; p < stacked; ++p) sum = S::add(sum, S::load(from + p * rows + at));
+      S::store(to + at, t.more ? S::add(S::load(to + at), sum) : sum);
+    }
+  }
+}
+
+template <class Unit, class S, template <Family> class C>
+void run_on_unit(const Tile& t) {
+  // Parts of few rows lie below each other in one register, which is one product for all.
+  const int stacked = t.batch == t.block && t.parts * t.block <= kUnitRows ? t.parts : 1;
+  Tile u = t;
+  u.block *= stacked;
+  u.batch *= stacked;
+  u.parts /= stacked;
+  float* sums = t.chain ? t.chain : t.sums;
+  Unit::configure(int(u.block));
+  with_codec<C>(t.family, [&](auto codec) {
+    using Codec = decltype(codec);
+    const auto run = [&](const auto& panels) {
+      if (u.parts == 1) multiply_panels<Unit, 1, Codec>(u, panels, sums);
+      else if (u.parts == 2) multiply_panels<Unit, 2, Codec>(u, panels, sums);
+      else multiply_panels<Unit, 3, Codec>(u, panels, sums);
+      const int chunks = std::remove_cvref_t<decltype(panels)>::chunks;
+      if (t.chain) collect<S>(t, t.batch / t.block * chunks, stacked, sums);
+    };
+    if (t.transposed) run(Panels<S, Codec, true>(u));
+    else run(Panels<S, Codec, false>(u));
+  });
+  Unit::release();
+}
+
+}  // namespace
+}  // namespace nmkern::cpu
