@@ -150,6 +150,6 @@ const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 
-bool amx_granted();  // by the operating system
+bool amx_usable();  // by this CPU, and granted by the operating system
 
 }  // namespace nmkern::cpu

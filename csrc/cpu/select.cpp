@@ -13,8 +13,7 @@ bool cpu_has(const Kernels& kernels) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
-  if (!std::strcmp(kernels.name, "amx"))
-    return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && amx_granted();
+  if (!std::strcmp(kernels.name, "amx")) return bf16 && amx_usable();
   if (!std::strcmp(kernels.name, "avx512_bf16")) return bf16;
   if (!std::strcmp(kernels.name, "avx512")) return avx512;
   if (!std::strcmp(kernels.name, "avx2"))

@@ -54,8 +54,10 @@ def test_an_installed_package_has_the_cpu_backend_where_there_is_a_compiler():
 
 # What a CPU has by Linux's account, and the instruction set that must then be there. (Each name stands
 # for processors that have all of it: AVX-512 kernels may want more than its foundation.)
+_BF16 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512_bf16"}
 FLAGS = {
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512_bf16"},
+    "amx": {*_BF16, "amx_tile", "amx_bf16"},
+    "avx512_bf16": _BF16,
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512_vbmi2"},
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
     "portable": set(),

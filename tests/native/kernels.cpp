@@ -1,7 +1,7 @@
 // The kernels of csrc/cpu without PyTorch and Python, for CPUs that have to be emulated: every instruction
 // set of this build and this CPU against the scalar code of csrc/stream.h. Prints the names of those held.
 //
-// Inputs are small integers and factors one, so that every sum is exact in float32 in whatever order.
+// Inputs have few bits and factors are one, so that every sum is exact in float32 in whatever order.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -40,16 +40,16 @@ struct Host {
   }
 };
 
-// Integers of modulus at most 1 in a dtype, and the same as floats.
+// 0, unit or -unit in a dtype, and the same as floats.
 struct Input {
   std::vector<float> value;
   std::vector<uint16_t> narrow;
   Dtype dtype;
   int64_t cols;
 
-  Input(int64_t rows, int64_t columns, Dtype type) : value(rows * columns), dtype(type), cols(columns) {
+  Input(int64_t rows, int64_t columns, Dtype type, float unit = 1) : value(rows * columns), dtype(type), cols(columns) {
     for (size_t i = 0; i < value.size(); ++i) {
-      value[i] = float(int(philox4x32(uint32_t(i), 0, 0, 0, kKey).w[0] % 3) - 1);
+      value[i] = unit * float(int(philox4x32(uint32_t(i), 0, 0, 0, kKey).w[0] % 3) - 1);
       narrow.push_back(dtype == Dtype::bfloat16 ? to_bfloat16(value[i]) : to_float16(value[i]));
     }
   }
@@ -81,18 +81,18 @@ void check(bool same, const char* what, int64_t batch) {
   std::exit(1);
 }
 
-void check_dense(Family family, bool transposed, int64_t batch, Dtype dtype) {
+void check_dense(Family family, bool transposed, int64_t batch, Dtype dtype, int64_t rows = 71, int64_t cols = 150) {
   Dense d{};
   d.family = family;
   d.key = kKey;
   d.row_offset = 4 * batch + 1;
   d.col_offset = 3 * batch;
-  d.rows = 71;
-  d.cols = 150;
+  d.rows = rows;
+  d.cols = cols;
   d.transposed = transposed;
   d.factor = 1;
   d.batch = batch;
-  Input x(batch, d.inputs(), dtype);
+  Input x(batch, d.inputs(), dtype, dtype == Dtype::bfloat16 ? 1 : 1 + 0x1p-9f);  // 9 bits: two parts in bfloat16
   d.x = x.matrix();
   std::vector<float> y(batch * d.outputs()), want(y.size());
   d.y = {y.data(), Dtype::float32, d.outputs(), 1};
@@ -184,7 +184,7 @@ void check_flynet(int64_t batch) {
 }  // namespace
 
 int main() {
-  for (const Kernels* k : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()}) {
+  for (const Kernels* k : {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()}) {
     if (!k || !set_kernels(k->name)) continue;
     for (int64_t batch : {1, 2, 3, 5, 13, 40}) {
       for (Family family : {Family::rademacher, Family::uniform, Family::normal})
@@ -194,6 +194,9 @@ int main() {
       for (bool transposed : {false, true}) check_sparse(transposed, batch);
       check_flynet(batch);
     }
+    // More than one part of the rows, and for a matrix unit blocks of the reduction and groups of tiles.
+    check_dense(Family::uniform, false, 130, Dtype::float32, 600, 1500);
+    check_dense(Family::uniform, true, 130, Dtype::float32, 1500, 1200);
     std::puts(k->name);
   }
 }

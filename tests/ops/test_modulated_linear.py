@@ -218,6 +218,19 @@ def test_a_batch_of_more_rows_than_a_tile_is_generated_for(backend, threads):
         check_exactly(x, exact_matrix("rademacher", n, k), {}, dy)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_a_product_that_is_cut_in_every_direction(backend, threads, dtype, transposed):
+    """Rows, inputs and outputs beyond what a kernel takes at a time; sums are at most 2600 * 45 < 2^24."""
+    if backend == "triton":
+        pytest.skip("the interpreter takes minutes; its tiles are small in any case")
+    threads(2, backend)
+    matrix = exact_matrix("uniform", 1100, 2600)
+    matrix = matrix if transposed else matrix.T
+    x = integers((270, matrix.cols), 3, generator(1), dtype)
+    same_bits(modulated_linear(x, matrix), x.double() @ stored_weights(matrix).T)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factor_gain_and_bias_are_rounded_one_after_the_other(backend, family):
     """y = fl(fl(fl(S * factor) * out_gain) + bias) with S an exact integer: no fused multiply-add."""
@@ -299,6 +312,30 @@ def test_float32_error_of_a_long_sum(backend, family, transposed):
         want = rows.double() @ stored_weights(matrix).T
         error = (modulated_linear(rows, matrix).double() - want).norm() / want.norm()
         assert error <= 2e-6, (len(rows), error)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 21])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_float32_has_its_digits_whatever_its_size(backend, rows, transposed):
+    """A power of two times a row is that power times its result, bit for bit, if nothing is subnormal.
+
+    Units that multiply bfloat16 parts count a part below 2^-126 as zero: the last of anything below 2^-102.
+    """
+    matrix = RandomMatrix(*((200, 40) if transposed else (40, 200)), seed=4)
+    matrix = matrix.T if transposed else matrix
+    x = normals((rows, 200), generator(1))
+    x = torch.where(x.abs() < 2**-10, 1.0, x)
+    size = 2.0 ** torch.tensor([-100.0, 0.0, 90.0, -60.0, -70.0]).repeat(5)[:rows, None]
+    assert torch.equal(modulated_linear(x * size, matrix), modulated_linear(x, matrix) * size)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy in Triton's interpreter
+def test_any_nan_of_float32_is_one_in_the_result(backend):
+    """Also one whose payload lies in the bits that the first of its bfloat16 parts has not."""
+    x = torch.ones(3, 20)
+    x.view(torch.int32)[1, 7] = 0x7F800001
+    y = modulated_linear(x, RandomMatrix(9, 20, seed=4))
+    assert y[1].isnan().all() and y[::2].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
