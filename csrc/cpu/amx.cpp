@@ -1,5 +1,6 @@
 // Kernels for CPUs with a matrix unit (AMX tiles of bfloat16); all else is AVX-512 BF16's.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -53,10 +54,13 @@ const Kernels* amx_kernels() {
   return &kernels;
 }
 
-// Linux keeps tile registers from a process until it has asked for them (XTILEDATA, component 18).
+// By CPUID, since compilers know other names or none; and Linux keeps tile registers from a process until it
+// has asked for them.
 bool amx_usable() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;     // of EDX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTiles) &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 }  // namespace nmkern::cpu

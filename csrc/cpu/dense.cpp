@@ -23,8 +23,8 @@ constexpr int64_t kFewTiles = 8;
 // Zen 5 bfloat16 lost a fifth of its speed from M = 256 to 1024. So on Zen 4 M = 256, 512 and 1024 take 78, 159
 // and 320 to 339 ms (8192 x 8192). 128 rows generate more: 5 % slower.
 constexpr int64_t kPartRows = 256;
-// On a matrix unit a row costs a sixteenth of that, and x comes from L2 or nothing keeps up: so many rows and so much
-// of the reduction at a time that x takes 1 MiB, for as many tiles as half of that holds the sums of.
+// On a matrix unit a row costs a sixteenth of that, and x comes from L2 or nothing keeps up: so many rows and
+// so much of the reduction at a time that x takes 1 MiB, for as many tiles as half of that holds the sums of.
 constexpr int64_t kUnitPartRows = 128;
 constexpr int64_t kUnitBlockBytes = 1 << 20, kUnitSumsBytes = 1 << 19;
 constexpr int64_t kUnitChain = 8192;  // elements that are summed in one chain, see add_sums in tile.h
@@ -68,13 +68,15 @@ struct Launch {
     output_first = out / vectors;
     head = out % vectors;
     tiles = (head + c.outputs() + tile_outputs() - 1) / tile_outputs();
-    if (parts) block = blocks_of(c.batch, blocks_of(c.batch, kUnitRows));  // all much the same, none empty
-    else block = c.batch <= 2 * k.max_block ? c.batch : k.tile_block;
+    if (parts)
+      block = blocks_of(c.batch, blocks_of(c.batch, kUnitRows));  // all much the same, none empty
+    else
+      block = c.batch <= 2 * k.max_block ? c.batch : k.tile_block;
   }
 
   static int parts_of(const Dense& c) {
-    // One row of float32, 8192 x 8192 on 2 threads, on the unit and fused: uniform 2.4 and 1.9 ms (transposed 2.3 and
-    // 1.9), rademacher 1.1 and 1.7 (1.8 and 1.8). Two rows of uniform: 2.0 and 2.4.
+    // One row of float32, 8192 x 8192 on 2 threads, on the unit and fused: uniform 2.4 and 1.9 ms
+    // (transposed 2.3 and 1.9), rademacher 1.1 and 1.7 (1.8 and 1.8). Two rows of uniform: 2.0 and 2.4.
     const bool floats = c.x.dtype == Dtype::float32 || c.in_gain.data;
     if (floats && c.batch == 1 && !(c.family == Family::rademacher && !c.transposed)) return 0;
     if (floats) return 3;
@@ -89,7 +91,9 @@ struct Launch {
   int64_t packed_row_bytes() const { return steps() * 4 * std::max(parts, 1); }
   // A matrix unit takes whole blocks of rows.
   int64_t padded(int64_t rows) const { return parts ? round_up(rows, block) : rows; }
-  int64_t part_rows() const { return std::max<int64_t>(1, (parts ? kUnitPartRows : kPartRows) / block) * block; }
+  int64_t part_rows() const {
+    return std::max<int64_t>(1, (parts ? kUnitPartRows : kPartRows) / block) * block;
+  }
   // Words of the reduction that are gone through with one tile after the other.
   int64_t block_words(int64_t rows) const {
     if (!parts) return reduction_words;
@@ -101,7 +105,8 @@ struct Launch {
   // Tiles that share a block of the reduction while it is in L2.
   int64_t group_tiles(int64_t rows) const {
     if (block_words(rows) >= reduction_words) return 1;
-    const int64_t parts_of_batch = (call.batch + rows - 1) / rows, fit = kUnitSumsBytes / 4 / sums_floats(padded(rows));
+    const int64_t parts_of_batch = (call.batch + rows - 1) / rows,
+                  fit = kUnitSumsBytes / 4 / sums_floats(padded(rows));
     return std::clamp<int64_t>(tiles * parts_of_batch / (4 * runtime.threads), 1, std::max<int64_t>(1, fit));
   }
   int64_t tile_bytes() const { return !parts && call.batch <= k.fused_block ? 0 : k.scratch_bytes; }
@@ -148,7 +153,8 @@ struct Launch {
   uint32_t* parts_at(int64_t run, int64_t row, int64_t all, char* packed) const {
     const int64_t step = run * run_steps(), count = std::min(run_steps(), steps() - step);
     const int64_t first = row / block * block;
-    return reinterpret_cast<uint32_t*>(packed) + (step * all + first * count) * parts + (row - first) * kUnitSteps;
+    return reinterpret_cast<uint32_t*>(packed) + (step * all + first * count) * parts +
+           (row - first) * kUnitSteps;
   }
   void pack_block(int64_t run, int64_t m0, int64_t first, int64_t rows, int64_t all, char* packed) const {
     const int64_t count = std::min(run_steps(), steps() - run * run_steps());
@@ -256,7 +262,8 @@ struct Launch {
   }
 
   // Rows [m0, m0 + rows) of tiles [first, first + count); x is packed from m0 on.
-  void run_tiles(Tile& t, int64_t first, int64_t count, int64_t m0, int64_t rows, int64_t part, const char* x) const {
+  void run_tiles(Tile& t, int64_t first, int64_t count, int64_t m0, int64_t rows, int64_t part,
+                 const char* x) const {
     const int64_t words = block_words(part), all = padded(rows), tile_sums = sums_floats(all);
     float* sums = t.sums;
     float* row = sums + group_tiles(part) * sums_floats(padded(part));
@@ -273,13 +280,16 @@ struct Launch {
         t.output_word = word;
         t.x = x;
         t.sums = sums + tile * tile_sums;
-        if (parts) k.unit->run(t);
-        else k.run(t);
+        if (parts)
+          k.unit->run(t);
+        else
+          k.run(t);
       }
       x += words * unit * 2 * parts * all;
     }
     t.sums = sums;
-    for (int64_t tile = 0; tile < count; ++tile) write_tile(first + tile, m0, rows, sums + tile * tile_sums, row);
+    for (int64_t tile = 0; tile < count; ++tile)
+      write_tile(first + tile, m0, rows, sums + tile * tile_sums, row);
   }
 
   // `row` has room for two rows of a tile.
@@ -292,8 +302,10 @@ struct Launch {
       const int64_t block_rows = std::min(block, all - first_row);
       const float* from = sums + (first_row * kVectors + m - first_row) * k.lanes;
       const int64_t chunk_stride = all * kVectors * k.lanes, vector_stride = block_rows * k.lanes;
-      if (parts) k.unit->untile(from, chunk_stride, vector_stride, vectors, call.factor, row);
-      else untile(from, chunk_stride, vector_stride, row);
+      if (parts)
+        k.unit->untile(from, chunk_stride, vector_stride, vectors, call.factor, row);
+      else
+        untile(from, chunk_stride, vector_stride, row);
       finish(m0 + m, first + begin, end - begin, row + begin, row + tile_outputs());
     }
   }
@@ -317,13 +329,13 @@ void dense_product(const Dense& call, const Runtime& runtime) {
   }
 
   char* packed = static_cast<char*>(
-      launch.packed_as_is() ? call.x.data
-                            : runtime.allocate(runtime.self, launch.packed_row_bytes() * launch.padded(chunk)));
+      launch.packed_as_is()
+          ? call.x.data
+          : runtime.allocate(runtime.self, launch.packed_row_bytes() * launch.padded(chunk)));
   const int64_t scratch_bytes = launch.scratch_bytes(part);
   const int64_t group = launch.group_tiles(part), groups = (launch.tiles + group - 1) / group;
   const int64_t tasks = groups * ((chunk + part - 1) / part);
-  const int64_t tile_grain =
-      grain(group * launch.elements() * launch.vectors * (6 + std::min(part, chunk)));
+  const int64_t tile_grain = grain(group * launch.elements() * launch.vectors * (6 + std::min(part, chunk)));
   char* scratch = static_cast<char*>(
       runtime.allocate(runtime.self, scratch_bytes * workers(runtime, tasks, tile_grain)));
 
@@ -345,8 +357,10 @@ void dense_product(const Dense& call, const Runtime& runtime) {
           if (first >= all) continue;
           const int64_t block_rows = std::min(launch.block, all - first);
           char* to = packed + p * launch.packed_row_bytes();
-          if (launch.parts) launch.pack_block(task % runs, m0 + p, first, block_rows, launch.padded(all), to);
-          else launch.pack_run(task % runs, m0 + p, first, block_rows, all, to);
+          if (launch.parts)
+            launch.pack_block(task % runs, m0 + p, first, block_rows, launch.padded(all), to);
+          else
+            launch.pack_run(task % runs, m0 + p, first, block_rows, all, to);
         }
       });
     }
@@ -356,15 +370,14 @@ void dense_product(const Dense& call, const Runtime& runtime) {
         launch.pack_tiny(m0 + p, all, launch.padded(all), packed + p * launch.packed_row_bytes());
       }
     }
-    parallel_for(runtime, groups * parts, tile_grain,
-                 [&](int64_t begin, int64_t end, int64_t worker) {
-                   Tile tile = launch.tile_in(scratch + scratch_bytes * worker);
-                   for (int64_t task = begin; task < end; ++task) {
-                     const int64_t p = task % parts * part, first = task / parts * group;
-                     launch.run_tiles(tile, first, std::min(group, launch.tiles - first), m0 + p,
-                                      std::min(part, rows - p), part, packed + p * launch.packed_row_bytes());
-                   }
-                 });
+    parallel_for(runtime, groups * parts, tile_grain, [&](int64_t begin, int64_t end, int64_t worker) {
+      Tile tile = launch.tile_in(scratch + scratch_bytes * worker);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t p = task % parts * part, first = task / parts * group;
+        launch.run_tiles(tile, first, std::min(group, launch.tiles - first), m0 + p, std::min(part, rows - p),
+                         part, packed + p * launch.packed_row_bytes());
+      }
+    });
   }
 }
 

@@ -21,8 +21,9 @@ struct Product {
 };
 
 // The key of a round, computed where it is used (two adds beside vector work), or from memory, whence vector
-// instructions broadcast it themselves. On Intel computed words go to vectors through the port of the shuffles:
-// uniform, forward, 60 clocks a word of 16 vectors of weights and from memory 55; on Zen 4 memory loses 5 %.
+// instructions broadcast it themselves. On Intel computed words go to vectors through the port of the
+// shuffles: uniform, forward, 60 clocks a word of 16 vectors of weights and from memory 55; on Zen 4 memory
+// loses 5 %.
 struct ComputedKeys {
   const Key key;
   uint32_t k0(int round) const { return key.k0 + uint32_t(round) * kWeyl0; }
@@ -70,11 +71,11 @@ struct Rounds {
   NMKERN_INLINE void finish(const Keys& keys, typename S::U (&word)[4]) const {
     const V p0[2] = {S::multiply(c0[0], kMultiplier0), S::multiply(c0[1], kMultiplier0)};
     const V p1[2] = {S::multiply(c2[0], kMultiplier1), S::multiply(c2[1], kMultiplier1)};
-    word[0] = S::xor_words(S::merge_high(p1[0], p1[1]), S::merge(c1[0], c1[1]),
-                           S::set_words(keys.k0(kRounds - 1)));
+    word[0] =
+        S::xor_words(S::merge_high(p1[0], p1[1]), S::merge(c1[0], c1[1]), S::set_words(keys.k0(kRounds - 1)));
     word[1] = S::merge(p1[0], p1[1]);
-    word[2] = S::xor_words(S::merge_high(p0[0], p0[1]), S::merge(c3[0], c3[1]),
-                           S::set_words(keys.k1(kRounds - 1)));
+    word[2] =
+        S::xor_words(S::merge_high(p0[0], p0[1]), S::merge(c3[0], c3[1]), S::set_words(keys.k1(kRounds - 1)));
     word[3] = S::merge(p0[0], p0[1]);
   }
 };
@@ -87,8 +88,10 @@ NMKERN_INLINE void hash_stages(const Hasher& hash, uint32_t counter, Rounds<S>& 
   unroll<To - From>([&](auto i) NMKERN_FLAT {
     constexpr int kStage = From + i;
     if constexpr (kStage == 0) hash.begin(counter, state);
-    else if constexpr (kStage == kStages - 1) state.finish(hash.keys, word);
-    else state.round(hash.keys, kStage);
+    else if constexpr (kStage == kStages - 1)
+      state.finish(hash.keys, word);
+    else
+      state.round(hash.keys, kStage);
   });
 }
 

@@ -49,8 +49,8 @@ struct Tile {
   // [runs of tile_steps(...) reduction steps][blocks of rows][steps of the run][rows of the block]:
   // float, or a pair of bfloat16; zero where padded. A micro-kernel reads it from front to back.
   const void* x;
-  // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch rows,
-  // needed where they are or where the parts of all rows fit one register.
+  // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch
+  // rows, needed where they are or where the parts of all rows fit one register.
   int parts;
   bool more;
   float* chain;
@@ -101,20 +101,22 @@ struct FlyKernels {
                    const float* d_logits, const float* weights, int64_t classes, bool add, float* products);
 };
 
-// Multiplies blocks of up to kUnitRows rows of bfloat16 pairs by tiles of weights. A row is the sum of up to three
-// rows of bfloat16, its parts: 8 bits each, 24 are a float32. Tile::x is then
-//   [runs of kPanelSteps reduction steps][blocks of rows][kUnitSteps steps of the run][parts][rows of the block][step]
+// Multiplies blocks of up to kUnitRows rows of bfloat16 pairs by tiles of weights. A row is the sum of up to
+// three rows of bfloat16, its parts: 8 bits each, 24 are a float32. Tile::x is then
+//   [runs of kPanelSteps reduction steps][blocks of rows][kUnitSteps steps of the run][parts][rows of the
+//   block][step]
 // where every block has Tile::block rows, Tile::batch is a multiple of that, and all steps are of kUnitSteps.
 struct MatrixUnit {
   void (*run)(const Tile& tile);
-  // row[2 * steps] times `scale` as a row of a block of `rows`: step s is a pair, elements f and f + group of the
-  // (2 * group) that begin with s / group * 2 * group, f = s % group.
-  // Returns whether any is kTiny or larger, or a NaN: bfloat16's smallest numbers count as zero in the unit.
-  bool (*pack)(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to, int64_t rows);
+  // row[2 * steps] times `scale` as a row of a block of `rows`: step s is a pair, elements f and f + group of
+  // the (2 * group) that begin with s / group * 2 * group, f = s % group. Returns whether any is kTiny or
+  // larger, or a NaN: bfloat16's smallest numbers count as zero in the unit.
+  bool (*pack)(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to,
+               int64_t rows);
   // row[lane * vectors + v] = factor * sums[v][lane], for a row of a block of sums: vector v is at
   // v / kVectors * chunk_stride + v % kVectors * vector_stride.
-  void (*untile)(const float* sums, int64_t chunk_stride, int64_t vector_stride, int64_t vectors, float factor,
-                 float* row);
+  void (*untile)(const float* sums, int64_t chunk_stride, int64_t vector_stride, int64_t vectors,
+                 float factor, float* row);
 };
 
 constexpr int kUnitRows = 16;   // of x in a tile register

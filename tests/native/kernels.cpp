@@ -47,7 +47,8 @@ struct Input {
   Dtype dtype;
   int64_t cols;
 
-  Input(int64_t rows, int64_t columns, Dtype type, float unit = 1) : value(rows * columns), dtype(type), cols(columns) {
+  Input(int64_t rows, int64_t columns, Dtype type, float unit = 1)
+      : value(rows * columns), dtype(type), cols(columns) {
     for (size_t i = 0; i < value.size(); ++i) {
       value[i] = unit * float(int(philox4x32(uint32_t(i), 0, 0, 0, kKey).w[0] % 3) - 1);
       narrow.push_back(dtype == Dtype::bfloat16 ? to_bfloat16(value[i]) : to_float16(value[i]));
@@ -81,7 +82,8 @@ void check(bool same, const char* what, int64_t batch) {
   std::exit(1);
 }
 
-void check_dense(Family family, bool transposed, int64_t batch, Dtype dtype, int64_t rows = 71, int64_t cols = 150) {
+void check_dense(Family family, bool transposed, int64_t batch, Dtype dtype, int64_t rows = 71,
+                 int64_t cols = 150) {
   Dense d{};
   d.family = family;
   d.key = kKey;
@@ -92,7 +94,8 @@ void check_dense(Family family, bool transposed, int64_t batch, Dtype dtype, int
   d.transposed = transposed;
   d.factor = 1;
   d.batch = batch;
-  Input x(batch, d.inputs(), dtype, dtype == Dtype::bfloat16 ? 1 : 1 + 0x1p-9f);  // 9 bits: two parts in bfloat16
+  Input x(batch, d.inputs(), dtype,
+          dtype == Dtype::bfloat16 ? 1 : 1 + 0x1p-9f);  // 9 bits: two parts in bfloat16
   d.x = x.matrix();
   std::vector<float> y(batch * d.outputs()), want(y.size());
   d.y = {y.data(), Dtype::float32, d.outputs(), 1};
@@ -184,7 +187,8 @@ void check_flynet(int64_t batch) {
 }  // namespace
 
 int main() {
-  for (const Kernels* k : {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()}) {
+  for (const Kernels* k :
+       {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()}) {
     if (!k || !set_kernels(k->name)) continue;
     for (int64_t batch : {1, 2, 3, 5, 13, 40}) {
       for (Family family : {Family::rademacher, Family::uniform, Family::normal})

@@ -1,10 +1,10 @@
 // csrc/cpu/amx.cpp's place for CPUs without AMX: the same tile kernels over tile registers in memory.
-#include "../../csrc/cpu/amx_tile.h"
-#include "../../csrc/matrix.h"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+
+#include "../../csrc/cpu/amx_tile.h"
+#include "../../csrc/matrix.h"
 
 namespace nmkern::cpu {
 namespace {
@@ -53,7 +53,8 @@ struct SimulatedUnit {
       for (int n = 0; n < 16; ++n) {
         float sum[2] = {};
         for (int k = 0; k < 16; ++k)
-          for (int h = 0; h < 2; ++h) sum[h] = normal(sum[h] + half(tiles[x][m][k], h) * half(tiles[w][k][n], h));
+          for (int h = 0; h < 2; ++h)
+            sum[h] = normal(sum[h] + half(tiles[x][m][k], h) * half(tiles[w][k][n], h));
         const float before = normal(std::bit_cast<float>(tiles[sum_at][m][n]));
         tiles[sum_at][m][n] = std::bit_cast<uint32_t>(normal(before + normal(sum[0] + sum[1])));
       }

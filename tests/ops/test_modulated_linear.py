@@ -329,6 +329,16 @@ def test_float32_has_its_digits_whatever_its_size(backend, rows, transposed):
     assert torch.equal(modulated_linear(x * size, matrix), modulated_linear(x, matrix) * size)
 
 
+def test_products_of_pytorch_in_between(backend):
+    """Registers whose shape a kernel sets, as AMX's tiles, are set anew by whoever comes next."""
+    x, w = normals((40, 96), generator(1)).bfloat16(), normals((64, 96), generator(2)).bfloat16()
+    matrix = RandomMatrix(50, 96, seed=4)
+    ours, theirs = [modulated_linear(x[:rows], matrix) for rows in (1, 40, 17)], functional.linear(x, w)
+    for y in ours:
+        assert torch.equal(modulated_linear(x[: len(y)], matrix), y)
+        assert torch.equal(functional.linear(x, w), theirs)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy in Triton's interpreter
 def test_any_nan_of_float32_is_one_in_the_result(backend):
     """Also one whose payload lies in the bits that the first of its bfloat16 parts has not."""
