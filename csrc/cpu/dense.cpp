@@ -250,10 +250,10 @@ struct Launch {
             .reduction_word = uint32_t(reduction_first),
             .reduction_words = reduction_words,
             .block = block,
-            .parts = parts,
             .sums = reinterpret_cast<float*>(scratch + k.words_bytes + tile_bytes()),
             .scratch = scratch + k.words_bytes,
-            .words = scratch};
+            .words = scratch,
+            .parts = parts};
   }
   int64_t scratch_bytes(int64_t rows) const {
     const int64_t all = padded(rows), chain = chained(rows) ? (stacked() ? parts : 1) * sums_floats(all) : 0;

@@ -102,12 +102,11 @@ class RowHasher {
   V high_[2], low_[2];  // of round 2's first product, which depends on c1 alone
 
  public:
-  const Key key;
   const Keys keys;
 
-  RowHasher(Key k, uint32_t tag, uint32_t c1) : tag_(tag), key(k), keys{k} {
+  RowHasher(Key k, uint32_t tag, uint32_t c1) : tag_(tag), keys{k} {
     for (int h = 0; h < 2; ++h) {
-      const V p = S::multiply(S::xor2(S::lanes_from(c1, h), S::set1(key.k0)), kMultiplier0);
+      const V p = S::multiply(S::xor2(S::lanes_from(c1, h), S::set1(keys.k0(0))), kMultiplier0);
       high_[h] = S::high(p);
       low_[h] = p;
     }
@@ -115,11 +114,11 @@ class RowHasher {
 
   NMKERN_INLINE void begin(uint32_t c0, Rounds<S>& state) const {
     const Product r1(kMultiplier0, c0);
-    const Product r2(kMultiplier1, r1.high ^ tag_ ^ key.k1);
-    const Product r3(kMultiplier0, r2.high ^ (key.k0 + kWeyl0));
-    const V mix = S::set1(r1.low ^ (key.k1 + kWeyl1));
-    const V k0 = S::set1(r2.low ^ (key.k0 + 2 * kWeyl0));
-    const V k1 = S::set1(r3.high ^ (key.k1 + 2 * kWeyl1));
+    const Product r2(kMultiplier1, r1.high ^ tag_ ^ keys.k1(0));
+    const Product r3(kMultiplier0, r2.high ^ keys.k0(1));
+    const V mix = S::set1(r1.low ^ keys.k1(1));
+    const V k0 = S::set1(r2.low ^ keys.k0(2));
+    const V k1 = S::set1(r3.high ^ keys.k1(2));
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::xor2(high_[h], mix), kMultiplier1);
       state.c0[h] = S::xor2(S::high(p), k0);
@@ -142,14 +141,13 @@ class ColumnHasher {
   V high3_[2], low3_[2];  // of round 3's first product; all depend on c0 alone
 
  public:
-  const Key key;
   const Keys keys;
 
-  ColumnHasher(Key k, uint32_t tag, uint32_t c0) : key(k), keys{k} {
+  ColumnHasher(Key k, uint32_t tag, uint32_t c0) : keys{k} {
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::lanes_from(c0, h), kMultiplier0);
-      const V q = S::multiply(S::xor2(S::high(p), S::set1(tag ^ key.k1)), kMultiplier1);
-      const V r = S::multiply(S::xor2(S::high(q), S::set1(key.k0 + kWeyl0)), kMultiplier0);
+      const V q = S::multiply(S::xor2(S::high(p), S::set1(tag ^ keys.k1(0))), kMultiplier1);
+      const V r = S::multiply(S::xor2(S::high(q), S::set1(keys.k0(1))), kMultiplier0);
       low1_[h] = p;
       low2_[h] = q;
       high3_[h] = S::high(r);
@@ -158,10 +156,10 @@ class ColumnHasher {
   }
 
   NMKERN_INLINE void begin(uint32_t c1, Rounds<S>& state) const {
-    const Product r2(kMultiplier0, c1 ^ key.k0);
-    const V mix = S::set1(r2.high ^ (key.k1 + kWeyl1));
-    const V k0 = S::set1(key.k0 + 2 * kWeyl0);
-    const V k1 = S::set1(r2.low ^ (key.k1 + 2 * kWeyl1));
+    const Product r2(kMultiplier0, c1 ^ keys.k0(0));
+    const V mix = S::set1(r2.high ^ keys.k1(1));
+    const V k0 = S::set1(keys.k0(2));
+    const V k1 = S::set1(r2.low ^ keys.k1(2));
     for (int h = 0; h < 2; ++h) {
       const V p = S::multiply(S::xor2(low1_[h], mix), kMultiplier1);
       state.c0[h] = S::xor3(S::high(p), low2_[h], k0);

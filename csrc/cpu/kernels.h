@@ -49,11 +49,6 @@ struct Tile {
   // [runs of tile_steps(...) reduction steps][blocks of rows][steps of the run][rows of the block]:
   // float, or a pair of bfloat16; zero where padded. A micro-kernel reads it from front to back.
   const void* x;
-  // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch
-  // rows, needed where they are or where the parts of all rows fit one register.
-  int parts;
-  bool more;
-  float* chain;
   // [chunks of kVectors vectors][blocks of rows][kVectors][rows of the block][lanes], overwritten.
   float* sums;
   void* scratch;  // scratch_bytes, 64-byte aligned
@@ -61,6 +56,11 @@ struct Tile {
   // tile's first words the call before has put there.
   void* words;
   int64_t ready;
+  // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch
+  // rows, needed where they are or where the parts of all rows fit one register.
+  int parts;
+  bool more;
+  float* chain;
 };
 
 // kSparseRows rows of a sparse matrix from first_row on, seen through columns [col_offset, + cols).
