@@ -1,4 +1,4 @@
-// Kernels for CPUs with a matrix unit (AMX tiles of bfloat16); all else is AVX-512 BF16's.
+// Dense products for CPUs with AMX, tile registers and products of bfloat16; all else is AVX-512 BF16's.
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -49,10 +49,7 @@ constexpr MatrixUnit kUnit = matrix_unit<Amx>();
 
 }  // namespace
 
-const Kernels* amx_kernels() {
-  static const Kernels kernels = with_unit("amx", &kUnit);
-  return &kernels;
-}
+const MatrixUnit* amx_unit() { return &kUnit; }
 
 // By CPUID, since compilers know other names or none; and Linux keeps tile registers from a process until it
 // has asked for them.
@@ -67,7 +64,7 @@ bool amx_usable() {
 #else
 #include "kernels.h"
 namespace nmkern::cpu {
-const Kernels* amx_kernels() { return nullptr; }
+const MatrixUnit* amx_unit() { return nullptr; }
 bool amx_usable() { return false; }
 }  // namespace nmkern::cpu
 #endif

@@ -214,7 +214,7 @@ void run_on_unit(const Tile& t) {
 }
 
 // See MatrixUnit::pack.
-bool pack(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to, int64_t rows) {
+uint8_t pack(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to, int64_t rows) {
   alignas(64) uint32_t low[16], high[16];
   for (int s = 0; s < 16; ++s) {
     low[s] = uint32_t(s / group * 2 * group + s % group);
@@ -235,14 +235,15 @@ bool pack(const float* row, int64_t steps, int group, int parts, float scale, ui
     rest = _mm512_mask_mov_ps(rest, special, _mm512_setzero_ps());
     return _mm512_mask_or_epi32(part, nan, part, _mm512_set1_epi32(0x7FC00000));
   };
-  __mmask16 large = 0;
+  __mmask16 large = 0, nonzero = 0;
   for (int64_t s = 0; s < steps; s += 16, row += 32) {
     const __m512 a = _mm512_loadu_ps(row), b = _mm512_loadu_ps(row + 16);
     __m512 even = _mm512_mul_ps(factor, _mm512_permutex2var_ps(a, pick_low, b));
     __m512 odd = _mm512_mul_ps(factor, _mm512_permutex2var_ps(a, pick_high, b));
-    const __m512 bound = _mm512_set1_ps(kTiny);
-    large |= _mm512_cmp_ps_mask(_mm512_abs_ps(even), bound, _CMP_NLT_UQ) |
-             _mm512_cmp_ps_mask(_mm512_abs_ps(odd), bound, _CMP_NLT_UQ);
+    const __m512 largest = _mm512_castsi512_ps(  // NaN are the largest
+        _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(even)), _mm512_castps_si512(_mm512_abs_ps(odd))));
+    large |= _mm512_cmp_ps_mask(largest, _mm512_set1_ps(kTiny), _CMP_NLT_UQ);
+    nonzero |= _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     for (int p = 0; p < parts; ++p) {
       const __m512i one = p == 0 ? take_first(even) : take(even),
                     other = p == 0 ? take_first(odd) : take(odd);
@@ -250,7 +251,7 @@ bool pack(const float* row, int64_t steps, int group, int parts, float scale, ui
       _mm512_storeu_si512(to + (s * parts + 16 * p) * rows, pair);
     }
   }
-  return large != 0;
+  return uint8_t((large ? kLarge : 0) | (nonzero ? kNonzero : 0));
 }
 
 // See MatrixUnit::untile.
@@ -280,14 +281,6 @@ void untile(const float* sums, int64_t chunk_stride, int64_t vector_stride, int6
 template <class Unit>
 constexpr MatrixUnit matrix_unit() {
   return {run_on_unit<Unit, Avx512, Bf16Codec>, pack, untile};
-}
-
-// AVX-512 BF16's kernels, and a unit for dense products.
-inline Kernels with_unit(const char* name, const MatrixUnit* unit) {
-  Kernels kernels = *avx512_bf16_kernels();
-  kernels.name = name;
-  kernels.unit = unit;
-  return kernels;
 }
 
 }  // namespace

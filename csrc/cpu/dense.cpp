@@ -7,7 +7,6 @@
 #include "dense.h"
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 
 #include "kernels.h"
@@ -44,17 +43,17 @@ struct Launch {
   int64_t head;  // outputs of the first tile that lie before the matrix
   int64_t tiles;
   int64_t block;  // rows of x a micro-kernel takes
-  // Whether a packed row has an element that is not tiny, from row large_from on; see MatrixUnit::pack.
-  uint8_t* large = nullptr;
-  int64_t large_from = 0;
+  // What MatrixUnit::pack says of the packed rows, of which the first is packed_from.
+  uint8_t* sizes = nullptr;
+  int64_t packed_from = 0;
 
   Launch(const Dense& c, const Runtime& r)
       : call(c),
         runtime(r),
         k(kernels()),
+        parts(k.matrix_unit ? parts_of(c) : 0),
         // x * in_gain is no bfloat16: rounding it to one would be a rounding that the exact result does
         // not make, so gains on the input take the float32 kernels (up to twice the time at large M).
-        parts(k.unit ? parts_of(c) : 0),
         bf16(!parts && k.bf16 && c.x.dtype == Dtype::bfloat16 && !c.in_gain.data) {
     const int64_t columns = columns_per_word(c.family);
     unit = c.transposed ? kRowsPerPatch : columns;
@@ -105,9 +104,9 @@ struct Launch {
   // Tiles that share a block of the reduction while it is in L2.
   int64_t group_tiles(int64_t rows) const {
     if (block_words(rows) >= reduction_words) return 1;
-    const int64_t parts_of_batch = (call.batch + rows - 1) / rows,
-                  fit = kUnitSumsBytes / 4 / sums_floats(padded(rows));
-    return std::clamp<int64_t>(tiles * parts_of_batch / (4 * runtime.threads), 1, std::max<int64_t>(1, fit));
+    const int64_t shares = (call.batch + rows - 1) / rows;
+    const int64_t fit = kUnitSumsBytes / 4 / sums_floats(padded(rows));
+    return std::clamp<int64_t>(tiles * shares / (4 * runtime.threads), 1, std::max<int64_t>(1, fit));
   }
   int64_t tile_bytes() const { return !parts && call.batch <= k.fused_block ? 0 : k.scratch_bytes; }
   int64_t sums_floats(int64_t rows) const { return rows * vectors * k.lanes; }
@@ -144,11 +143,11 @@ struct Launch {
   int64_t run_steps() const { return parts ? kPanelSteps : tile_steps(call.transposed, bf16); }
 
   // Run number `run` of row m in parts, times `scale`, to a place in a block.
-  bool pack_parts(int64_t run, int64_t m, float scale, uint32_t* to) const {
+  uint8_t pack_parts(int64_t run, int64_t m, float scale, uint32_t* to) const {
     const int64_t step = run * run_steps(), count = std::min(run_steps(), steps() - step);
     float row[2 * kPanelSteps];
     pack_elements(m, 2 * step, 2 * count, row);
-    return k.unit->pack(row, count, call.transposed ? 1 : int(unit / 2), parts, scale, to, block);
+    return k.matrix_unit->pack(row, count, call.transposed ? 1 : int(unit / 2), parts, scale, to, block);
   }
   uint32_t* parts_at(int64_t run, int64_t row, int64_t all, char* packed) const {
     const int64_t step = run * run_steps(), count = std::min(run_steps(), steps() - step);
@@ -164,15 +163,16 @@ struct Launch {
       if (r >= rows) {
         for (int64_t i = 0; i < count / kUnitSteps * parts; ++i)
           std::fill_n(to + i * block * kUnitSteps, kUnitSteps, 0);
-      } else if (pack_parts(run, m, 1, to)) {
-        std::atomic_ref(large[m - large_from]).store(1, std::memory_order_relaxed);
+      } else {  // other threads pack other runs of the row
+        __atomic_fetch_or(&sizes[m - packed_from], pack_parts(run, m, 1, to), __ATOMIC_RELAXED);
       }
     }
   }
+  bool tiny(int64_t m) const { return parts && sizes[m - packed_from] == kNonzero; }
   // Rows that are tiny throughout lose their last parts: again, larger.
   void pack_tiny(int64_t m0, int64_t rows, int64_t all, char* packed) const {
     for (int64_t r = 0; r < rows; ++r) {
-      if (large[m0 + r - large_from]) continue;
+      if (!tiny(m0 + r)) continue;
       for (int64_t run = 0; run < runs(); ++run)
         pack_parts(run, m0 + r, 1 / kTiny, parts_at(run, r, all, packed));
     }
@@ -221,7 +221,7 @@ struct Launch {
   // `spare` has room for another row.
   void finish(int64_t m, int64_t n, int64_t count, float* sum, float* spare) const {
     const int64_t n_all = call.outputs();
-    if (parts && !large[m - large_from]) {
+    if (tiny(m)) {
       for (int64_t i = 0; i < count; ++i) sum[i] *= kTiny;
     }
     if (call.gain_grad.data) {
@@ -281,7 +281,7 @@ struct Launch {
         t.x = x;
         t.sums = sums + tile * tile_sums;
         if (parts)
-          k.unit->run(t);
+          k.matrix_unit->run(t);
         else
           k.run(t);
       }
@@ -303,7 +303,7 @@ struct Launch {
       const float* from = sums + (first_row * kVectors + m - first_row) * k.lanes;
       const int64_t chunk_stride = all * kVectors * k.lanes, vector_stride = block_rows * k.lanes;
       if (parts)
-        k.unit->untile(from, chunk_stride, vector_stride, vectors, call.factor, row);
+        k.matrix_unit->untile(from, chunk_stride, vector_stride, vectors, call.factor, row);
       else
         untile(from, chunk_stride, vector_stride, row);
       finish(m0 + m, first + begin, end - begin, row + begin, row + tile_outputs());
@@ -339,30 +339,31 @@ void dense_product(const Dense& call, const Runtime& runtime) {
   char* scratch = static_cast<char*>(
       runtime.allocate(runtime.self, scratch_bytes * workers(runtime, tasks, tile_grain)));
 
-  if (launch.parts) launch.large = static_cast<uint8_t*>(runtime.allocate(runtime.self, chunk));
+  if (launch.parts) launch.sizes = static_cast<uint8_t*>(runtime.allocate(runtime.self, chunk));
 
   for (int64_t m0 = 0; m0 < call.batch; m0 += chunk) {
     const int64_t rows = std::min(chunk, call.batch - m0);
-    launch.large_from = m0;
-    if (launch.parts) std::fill_n(launch.large, rows, 0);
-    const int64_t parts = (rows + part - 1) / part;
+    launch.packed_from = m0;
+    if (launch.parts) std::fill_n(launch.sizes, rows, 0);
+    const int64_t shares = (rows + part - 1) / part;  // of the rows
     const int64_t part_blocks = (part + launch.block - 1) / launch.block;
     if (!launch.packed_as_is()) {
       const int64_t runs = launch.runs(), cost = launch.run_steps() * launch.block;
-      parallel_for(runtime, parts * part_blocks * runs, grain(cost), [&](int64_t begin, int64_t end, int64_t) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t p = task / runs / part_blocks * part;
-          const int64_t all = std::min(part, rows - p);
-          const int64_t first = task / runs % part_blocks * launch.block;
-          if (first >= all) continue;
-          const int64_t block_rows = std::min(launch.block, all - first);
-          char* to = packed + p * launch.packed_row_bytes();
-          if (launch.parts)
-            launch.pack_block(task % runs, m0 + p, first, block_rows, launch.padded(all), to);
-          else
-            launch.pack_run(task % runs, m0 + p, first, block_rows, all, to);
-        }
-      });
+      parallel_for(runtime, shares * part_blocks * runs, grain(cost),
+                   [&](int64_t begin, int64_t end, int64_t) {
+                     for (int64_t task = begin; task < end; ++task) {
+                       const int64_t p = task / runs / part_blocks * part;
+                       const int64_t all = std::min(part, rows - p);
+                       const int64_t first = task / runs % part_blocks * launch.block;
+                       if (first >= all) continue;
+                       const int64_t block_rows = std::min(launch.block, all - first);
+                       char* to = packed + p * launch.packed_row_bytes();
+                       if (launch.parts)
+                         launch.pack_block(task % runs, m0 + p, first, block_rows, launch.padded(all), to);
+                       else
+                         launch.pack_run(task % runs, m0 + p, first, block_rows, all, to);
+                     }
+                   });
     }
     if (launch.parts) {
       for (int64_t p = 0; p < rows; p += part) {
@@ -370,10 +371,10 @@ void dense_product(const Dense& call, const Runtime& runtime) {
         launch.pack_tiny(m0 + p, all, launch.padded(all), packed + p * launch.packed_row_bytes());
       }
     }
-    parallel_for(runtime, groups * parts, tile_grain, [&](int64_t begin, int64_t end, int64_t worker) {
+    parallel_for(runtime, groups * shares, tile_grain, [&](int64_t begin, int64_t end, int64_t worker) {
       Tile tile = launch.tile_in(scratch + scratch_bytes * worker);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t p = task % parts * part, first = task / parts * group;
+        const int64_t p = task % shares * part, first = task / shares * group;
         launch.run_tiles(tile, first, std::min(group, launch.tiles - first), m0 + p, std::min(part, rows - p),
                          part, packed + p * launch.packed_row_bytes());
       }

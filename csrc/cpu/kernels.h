@@ -109,10 +109,10 @@ struct FlyKernels {
 struct MatrixUnit {
   void (*run)(const Tile& tile);
   // row[2 * steps] times `scale` as a row of a block of `rows`: step s is a pair, elements f and f + group of
-  // the (2 * group) that begin with s / group * 2 * group, f = s % group. Returns whether any is kTiny or
-  // larger, or a NaN: bfloat16's smallest numbers count as zero in the unit.
-  bool (*pack)(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to,
-               int64_t rows);
+  // the (2 * group) that begin with s / group * 2 * group, f = s % group. Returns kNonzero if any is not zero
+  // and kLarge if any is kTiny or larger, or a NaN: the smallest bfloat16 count as zero in the unit.
+  uint8_t (*pack)(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to,
+                  int64_t rows);
   // row[lane * vectors + v] = factor * sums[v][lane], for a row of a block of sums: vector v is at
   // v / kVectors * chunk_stride + v % kVectors * vector_stride.
   void (*untile)(const float* sums, int64_t chunk_stride, int64_t vector_stride, int64_t vectors,
@@ -123,6 +123,7 @@ constexpr int kUnitRows = 16;   // of x in a tile register
 constexpr int kUnitSteps = 16;  // pairs of reduction steps in one
 constexpr int kPanelSteps = 64;
 constexpr float kTiny = 0x1p-64f;
+constexpr uint8_t kNonzero = 1, kLarge = 2;
 
 struct Kernels {
   const char* name;
@@ -138,7 +139,7 @@ struct Kernels {
   void (*decode)(const Tile& tile, float* weights);
   SparseKernels sparse;
   FlyKernels fly;
-  const MatrixUnit* unit = nullptr;  // for dense products, where there is one
+  const MatrixUnit* matrix_unit = nullptr;  // for dense products, where there is one
 };
 
 // The kernels in use: the best that this build and this CPU have, or those set by name.
@@ -152,6 +153,7 @@ const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 
+const MatrixUnit* amx_unit();
 bool amx_usable();  // by this CPU, and granted by the operating system
 
 }  // namespace nmkern::cpu

@@ -34,6 +34,19 @@ std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
+// AVX-512 BF16's, and a unit for dense products. Here, and not where that is compiled, since CPUs without
+// AVX-512 come by.
+const Kernels* amx_kernels() {
+  if (!avx512_bf16_kernels() || !amx_unit()) return nullptr;
+  static const Kernels kernels = [] {
+    Kernels k = *avx512_bf16_kernels();
+    k.name = "amx";
+    k.matrix_unit = amx_unit();
+    return k;
+  }();
+  return &kernels;
+}
+
 const Kernels& kernels() {
   const Kernels* now = chosen.load(std::memory_order_relaxed);
   if (!now) chosen.store(now = find(nullptr), std::memory_order_relaxed);

@@ -66,10 +66,7 @@ constexpr MatrixUnit kUnit = matrix_unit<SimulatedUnit>();
 
 }  // namespace
 
-const Kernels* amx_kernels() {
-  static const Kernels kernels = with_unit("amx", &kUnit);
-  return &kernels;
-}
+const MatrixUnit* amx_unit() { return &kUnit; }
 bool amx_usable() { return true; }
 
 }  // namespace nmkern::cpu
