@@ -14,9 +14,8 @@
 //
 // On an Emerald Rapids at 2.6 GHz generating uniform alone takes 3.5 clocks a vector (90 instructions of two
 // ports a word, 16 vectors); 8192 x 8192 on 2 threads so at least 1.4 ms, and takes 1.9 up to 16 rows of
-// bfloat16. A product takes 16 clocks while its core is alone; while another program is on the core's other
-// thread each waits for the one before, 50 and more, and the order below, which loads least, is the best of
-// four that were tried.
+// bfloat16. A product takes 16 clocks; at times, on a shared machine, 50 and more, as if each waited for the
+// one before, and then the order below, which loads least, is the best of four that were tried.
 #pragma once
 
 #include <algorithm>
