@@ -103,8 +103,7 @@ struct FlyKernels {
 
 // Multiplies blocks of up to kUnitRows rows of bfloat16 pairs by tiles of weights. A row is the sum of up to
 // three rows of bfloat16, its parts: 8 bits each, 24 are a float32. Tile::x is then
-//   [runs of kPanelSteps reduction steps][blocks of rows][kUnitSteps steps of the run][parts][rows of the
-//   block][step]
+//   [runs of kPanelSteps reduction steps][blocks of rows][groups of kUnitSteps steps][parts][rows][steps]
 // where every block has Tile::block rows, Tile::batch is a multiple of that, and all steps are of kUnitSteps.
 struct MatrixUnit {
   void (*run)(const Tile& tile);

@@ -1,0 +1,83 @@
+"""What float32 products keep of float32: digits at any size, bounded errors of long sums, NaN."""
+
+import pytest
+import torch
+from formula import generator, normals, stored_weights
+
+from nmkern import RandomMatrix, modulated_linear, stream
+
+FAMILIES = tuple(stream.DENSE_FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_float32_error_at_k_8192(backend, family, transposed):
+    """Relative Frobenius error against float64 of at most 2e-6, the house bound.
+
+    Partial sums of x * W walk randomly whatever the sign of x, since W has mean zero: after k terms of size
+    s they are about sqrt(k) s. An addition errs by up to half a unit in the last place, a mean square of
+    0.18 (2^-24)^2 relative to the sum (uniform error, mantissas spread logarithmically). A single chain of
+    K additions so errs by sqrt(0.18 K / 2) 2^-24 = 1.6e-6 of the result: the bound leaves no room for more
+    than that one chain. It holds for positive inputs (a ReLU's) as for any, where a kernel that multiplied
+    by unsigned codes and subtracted the mean at the end would lose a factor of sqrt(K).
+    """
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("the interpreter multiplies in float32, without the three parts that this is about")
+    matrix = RandomMatrix(*((8192, 96) if transposed else (96, 8192)), seed=4, family=family)
+    matrix = matrix.T if transposed else matrix
+    weights = stored_weights(matrix)
+    g = generator(1)
+    noise = normals((33, 8192), g)
+    x = torch.cat([noise[:11], noise[11:22].relu(), 1 + noise[22:].abs() / 100])
+    gain = normals((8192,), g)
+    for call, rows in (({}, x), ({}, x[9:14]), ({}, x[21:22]), ({}, x[22:23]), ({"in_gain": gain}, x[20:24])):
+        want = (rows.double() * gain.double() if call else rows.double()) @ weights.T
+        y = modulated_linear(rows, matrix, **call).double()
+        error = (y - want).norm() / want.norm()
+        assert error <= 2e-6, (len(rows), error)
+        if len(rows) == 33:  # and for each kind of input on its own
+            errors = [(a - b).norm() / b.norm() for a, b in zip(y.split(11), want.split(11), strict=True)]
+            assert max(errors) <= 2e-6, errors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_float32_error_of_a_long_sum(backend, family, transposed):
+    """The same bound at K = 2^17, where one chain of additions errs by 6.4e-6.
+
+    A kernel that adds up runs of R <= 1024 steps apart, and then their sums, errs by at most
+    sqrt(0.18 (1024 + 2^17 / 1024) / 2) 2^-24 = 6e-7.
+    """
+    if backend == "triton":
+        pytest.skip("the interpreter's sums are NumPy's, not the kernel's")
+    matrix = RandomMatrix(*((2**17, 20) if transposed else (20, 2**17)), seed=4, family=family)
+    matrix = matrix.T if transposed else matrix
+    x = normals((14, 2**17), generator(1))
+    for rows in (x, x[:2], x[:1]):
+        want = rows.double() @ stored_weights(matrix).T
+        error = (modulated_linear(rows, matrix).double() - want).norm() / want.norm()
+        assert error <= 2e-6, (len(rows), error)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 21])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_float32_has_its_digits_whatever_its_size(backend, rows, transposed):
+    """A power of two times a row is that power times its result, bit for bit, if nothing is subnormal.
+
+    Units that multiply bfloat16 parts count a part below 2^-126 as zero: the last of anything below 2^-102.
+    """
+    matrix = RandomMatrix(*((200, 40) if transposed else (40, 200)), seed=4)
+    matrix = matrix.T if transposed else matrix
+    x = normals((rows, 200), generator(1))
+    x = torch.where(x.abs() < 2**-10, 1.0, x)
+    size = 2.0 ** torch.tensor([-100.0, 0.0, 90.0, -60.0, -70.0]).repeat(5)[:rows, None]
+    assert torch.equal(modulated_linear(x * size, matrix), modulated_linear(x, matrix) * size)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy in Triton's interpreter
+def test_any_nan_of_float32_is_one_in_the_result(backend):
+    """Also one whose payload lies in the bits that the first of its bfloat16 parts has not."""
+    x = torch.ones(3, 20)
+    x.view(torch.int32)[1, 7] = 0x7F800001
+    y = modulated_linear(x, RandomMatrix(9, 20, seed=4))
+    assert y[1].isnan().all() and y[::2].isfinite().all()
