@@ -168,6 +168,37 @@ def _registers(instruction: str) -> tuple[set[int], set[int]]:
     return written, {r for registers in used.values() for r in registers}
 
 
+def accesses_before_waiting(code: str) -> list[str]:
+    """What a kernel does to the device's memory before, or without, waiting for the kernels before it.
+
+    Loads of constants aside: those of a table that is part of the program, or, beyond the wait, what __ldg
+    would make of any other. Branches past the wait count too.
+    """
+    before, found, after = code.partition("ACQBULK")
+    past = set(re.findall(r"^\s*(\.L_\w+):", after, flags=re.MULTILINE))
+    early = [one for one in _instructions(before if found else code) if _MEMORY.match(one)]
+    skips = [one for one in _instructions(before) if "BRA" in one and _target(one) in past]
+    return [one for one in early if not (found and ".CONSTANT" in one)] + skips
+
+
+def constant_loads(code: str) -> int:
+    """How many loads of a kernel may come from a cache that nobody keeps up to date, once it waited."""
+    return sum(".CONSTANT" in one for one in _instructions(code.partition("ACQBULK")[2]))
+
+
+_MEMORY = re.compile(r"(LDG|STG|LDGSTS|LD|ST|ATOM|ATOMG|RED|REDG|UBLK\w+|UTMA\w+)(\.|$| )")
+
+
+def _instructions(code: str) -> list[str]:
+    """Without predicates."""
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", code, flags=re.MULTILINE)
+    return [re.sub(r"^@!?U?P\d+\s+", "", one) for one in found]
+
+
+def _target(branch: str) -> str:
+    return re.sub(r".*`\((\.L_\w+)\).*", r"\1", branch)
+
+
 @functools.cache
 def _shared() -> dict[tuple[str, ...], int]:
     """Shared memory of each product: asked for at the launch, so that a disassembly does not show it."""

@@ -36,6 +36,7 @@ class Extent:
     few: tuple[int, ...] = (1, 16, 64, 4096)
     border: tuple[int, ...] = (8, 16, 32, 64)  # where the small-batch kernel should end
     large: tuple[int, ...] = (2048,)  # Triton's, where another backend comes first
+    serial: tuple[int, ...] = (1, 16)  # with each kernel launched only after the one before
     huge: int = 2**18
     huge_batches: tuple[int, ...] = (1, 16, 64)
     copied: int = 2**30  # bytes
@@ -51,6 +52,7 @@ QUICK = Extent(
         "few": (1, 64),
         "border": (16, 32),
         "large": (),
+        "serial": (),
     },
     **{"huge_batches": (1,), "seconds": 0.2},
 )
@@ -66,22 +68,28 @@ def target(m: int, family: str, dtype: torch.dtype) -> float | None:
 
 
 @contextlib.contextmanager
-def forced(backend: str, kernel: str | None = None) -> Iterator[None]:
-    """One backend, and of cuda one kernel for any number of rows: mma.sync or wgmma."""
+def forced(report: Report, backend: str, way: str | None = None) -> Iterator[None]:
+    """One backend; of cuda one kernel for any number of rows (mma.sync, wgmma), or no overlap (serial)."""
     with use_backend(backend):
-        if kernel is not None:
-            cuda.set_small_rows(2**20 if kernel == "mma.sync" else 0)
+        report.by = f"{backend} ({way})" if way else backend
         try:
+            if way == "serial":
+                cuda.set_overlap(False)
+            elif way is not None:
+                cuda.set_small_rows({"mma.sync": 2**20, "wgmma": 0}[way])
             yield
         finally:
-            if kernel is not None:
+            report.by = None
+            if way == "serial":
+                cuda.set_overlap(True)
+            elif way is not None:
                 cuda.set_small_rows(None)
 
 
-def by(backend: str, rows: Iterator[Row], kernel: str | None = None) -> Iterator[Row]:
-    name = f"{backend} ({kernel})" if kernel else backend
+def by(report: Report, backend: str, rows: Iterator[Row], way: str | None = None) -> Iterator[Row]:
+    name = f"{backend} ({way})" if way else backend
     for row in rows:
-        yield Row(f"{row.label} by {name}", row.expected, forced(backend, kernel)(row.measure))
+        yield Row(f"{row.label} by {name}", row.expected, forced(report, backend, way)(row.measure))
 
 
 def rows(report: Report, extent: Extent) -> Iterator[Row]:
@@ -142,9 +150,10 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         )
     yield from dense(small, extent.few, "rademacher")
     if both:
-        yield from by("triton", dense(small, (*extent.border, *extent.large)))
+        yield from by(report, "triton", dense(small, (*extent.border, *extent.large)))
         for kernel in ("mma.sync", "wgmma") if cuda.kernels().wide else ("mma.sync",):
-            yield from by("cuda", dense(small, extent.border), kernel)
+            yield from by(report, "cuda", dense(small, extent.border), kernel)
+        yield from by(report, "cuda", dense(small, extent.serial), "serial")
     for grad in (False, True):
         yield Row(
             f"call overhead, gradients {'on' if grad else 'off'}",
@@ -159,7 +168,9 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         )
     yield from sparse()
     if both:
-        yield from by("triton", sparse())
+        yield from by(report, "triton", sparse())
+        if extent.serial:
+            yield from by(report, "cuda", sparse(), "serial")
     yield from dense(small, extent.few, "normal")
     yield from dense(small, extent.few, "uniform", F32)
     for size in extent.sizes:
@@ -182,7 +193,7 @@ def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
             "medians of a call; ratios are the rival's time over ours, above 1 we are faster; "
             "weights and outputs do not stay in cache",
             "",
-            f"{'case':<28}{'M':>5} {'K -> N':<17}{'dtype':<9} {'family':<10} {'by':<9} {'ms':>10} "
+            f"{'case':<28}{'M':>5} {'K -> N':<17}{'dtype':<9} {'family':<10} {'by':<15} {'ms':>10} "
             f"{'Gw/s':>8} {'TFLOP/s':>8}  against",
         ]
     lines += [_line(row) for row in measured]
@@ -202,8 +213,9 @@ def _line(row: dict[str, Any]) -> str:
     if "bytes" in extra:
         against.append(f"{extra['bytes'] / seconds / 1e9:.0f} GB/s read and written")
     rate, shape = row["weights"] / seconds, f"{row['k']} -> {row['n']}"
+    by = row.get("by") or extra.get("backend", "torch")
     return (
         f"{row['name']:<28}{row['m']:>5} {shape:<17}"
-        f"{row['dtype']:<9} {row['family']:<10} {extra.get('backend', 'torch'):<9} {1e3 * seconds:10.4f} "
+        f"{row['dtype']:<9} {row['family']:<10} {by:<15} {1e3 * seconds:10.4f} "
         f"{rate / 1e9:8.2f} {2 * rate * row['m'] / 1e12:8.1f}  {', '.join(against)}"
     )

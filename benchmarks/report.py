@@ -29,7 +29,7 @@ _SHOWN = (1, 4, 8, 16, 64, 256, 1024)
 def read(path: Path) -> list[dict]:
     """Rows as written by ``harness``; of rows with one case, the last."""
     rows = (json.loads(line) for line in path.read_text().splitlines())
-    latest = {tuple(row[key] for key in ("name", "m", "k", "n", "dtype", "family")): row for row in rows}
+    latest = {bench_rows.key_of(row): row for row in rows}
     return list(latest.values())
 
 

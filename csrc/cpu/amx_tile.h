@@ -278,7 +278,7 @@ void untile(const float* sums, int64_t chunk_stride, int64_t vector_stride, int6
 }
 
 // Tile::scratch has room for two panels.
-static_assert(2 * kPanelSteps * kVectors * sizeof(__m512i) <= tile_bytes<Avx512>());
+static_assert(2 * kPanelSteps * kVectors * int64_t{sizeof(__m512i)} <= tile_bytes<Avx512>());
 
 template <class Unit>
 constexpr MatrixUnit matrix_unit() {

@@ -10,8 +10,10 @@ namespace {
 
 constexpr int kDevices = 64;
 // For each device that was asked about: an answer and 1 (asking takes up to two calls of the runtime).
-std::atomic<int64_t> known_kernels[kDevices], known_multiprocessors[kDevices], known_shared[kDevices];
+std::atomic<int64_t> known_kernels[kDevices], known_multiprocessors[kDevices], known_shared[kDevices],
+    known_overlap[kDevices];
 std::atomic<int64_t> forced{-1};
+std::atomic<bool> overlap_allowed{true};
 
 // What ask(&answer) tells of a device, kept.
 template <class Ask>
@@ -26,10 +28,16 @@ cudaError_t kept(std::atomic<int64_t> (&known)[kDevices], int device, int64_t* a
   return error;
 }
 
-cudaError_t attribute(cudaDeviceAttr which, int device, int* value) {
-  const cudaError_t error = cudaDeviceGetAttribute(value, which, device);
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be told of it
-  return error;
+// An attribute of the current device.
+cudaError_t kept_here(std::atomic<int64_t> (&known)[kDevices], cudaDeviceAttr which, int64_t* answer) {
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return kept(known, device, answer, [&](int64_t* found) {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
+    *found = value;
+    return error;
+  });
 }
 
 }  // namespace
@@ -38,12 +46,15 @@ const char* built_archs() { return NMKERN_CUDA_ARCHS; }
 
 void set_small_rows(int64_t rows) { forced = rows; }
 
+void set_overlap(bool allowed) { overlap_allowed = allowed; }
+
 int kernels_of(int device, Kernels* kernels) {
   int64_t packed = 0;
   const cudaError_t error = kept(known_kernels, device, &packed, [&](int64_t* answer) {
     int major = 0, minor = 0;
-    cudaError_t error = attribute(cudaDevAttrComputeCapabilityMajor, device, &major);
-    if (error == cudaSuccess) error = attribute(cudaDevAttrComputeCapabilityMinor, device, &minor);
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     const Kernels found = kernels_for(NMKERN_CUDA_ARCHS, major, minor);
     *answer = found.small_rows * 2 + found.wide;
     return error;
@@ -56,14 +67,14 @@ int kernels_of(int device, Kernels* kernels) {
 }
 
 int multiprocessors(int64_t* count) {
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  return kept(known_multiprocessors, device, count, [&](int64_t* answer) {
-    int found = 0;
-    const cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, device, &found);
-    *answer = found;
-    return error;
-  });
+  return kept_here(known_multiprocessors, cudaDevAttrMultiProcessorCount, count);
+}
+
+int overlaps(bool* overlap) {
+  int64_t major = 0;
+  const int error = kept_here(known_overlap, cudaDevAttrComputeCapabilityMajor, &major);
+  *overlap = major >= 9 && overlap_allowed.load(std::memory_order_relaxed);
+  return error;
 }
 
 int shared_bytes(int device, int64_t* bytes) {
@@ -71,7 +82,8 @@ int shared_bytes(int device, int64_t* bytes) {
     Kernels kernels{};
     int most = 0;
     cudaError_t error = cudaError_t(kernels_of(device, &kernels));
-    if (error == cudaSuccess) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, &most);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     *answer = kernels.small_rows || kernels.wide ? most : 0;
     return error;
   });

@@ -47,6 +47,12 @@ int kernels_of(int device, Kernels* kernels);
 // The multiprocessors of the current device; a cudaError_t.
 int multiprocessors(int64_t* count);
 
+// Whether kernels may begin on the current device while the one before them ends; a cudaError_t.
+int overlaps(bool* overlap);
+
+// Whether they do so where they may. For tests and timings.
+void set_overlap(bool allowed);
+
 // Lets the small-batch kernel serve `rows`, 0 included, on every device that has code; -1: its own choice
 // again. For tests and timings.
 void set_small_rows(int64_t rows);

@@ -16,12 +16,12 @@ struct Warp : Threads {
     if constexpr (pieces % 2 == 0) {
 #pragma unroll
       for (int i = 0; i < pieces; i += 2) {
-        const uint4 v = __ldg(reinterpret_cast<const uint4*>(x) + i / 2);
+        const uint4 v = reinterpret_cast<const uint4*>(x)[i / 2];
         element[i][0] = v.x, element[i][1] = v.y, element[i + 1][0] = v.z, element[i + 1][1] = v.w;
       }
     } else {
       static_assert(pieces == 1);
-      const uint2 v = __ldg(reinterpret_cast<const uint2*>(x));
+      const uint2 v = *reinterpret_cast<const uint2*>(x);
       element[0][0] = v.x, element[0][1] = v.y;
     }
   }

@@ -1,8 +1,7 @@
 // The small-batch kernels on the device, and their launcher; skinny_kernel.h has what they compute,
 // skinny_plan.h which of them serves a call.
-#include <cuda_runtime_api.h>
-
 #include "dense.h"
+#include "enqueue.h"
 #include "machine.h"
 #include "skinny_kernel.h"
 #include "skinny_plan.h"
@@ -61,21 +60,16 @@ struct Launch {
   cudaStream_t stream;
 
   template <class C>
-  cudaError_t operator()() const {
+  int operator()() const {
     using Patch = typename C::Patch;
     Plan plan = plan_of<C>(call);
     place(plan, scratch);
     const auto kernel =
         skinny_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kOperand, C::kParts>;
-    if constexpr (C::kSharedBytes > 48 << 10) {  // more than a kernel gets unasked
-      const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-      if (error != cudaSuccess) return error;
-    }
     const dim3 grid(uint32_t(plan.blocks_x), uint32_t(plan.splits), uint32_t(plan.blocks_z));
-    kernel<<<grid, kThreads, C::kSharedBytes, stream>>>(plan.product);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-    return cudaError_t(launch_finish(plan.finish, stream));
+    if (const int error = enqueue(kernel, grid, kThreads, C::kSharedBytes, stream, plan.product))
+      return error;
+    return launch_finish(plan.finish, stream);
   }
 };
 

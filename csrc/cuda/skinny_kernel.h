@@ -338,6 +338,7 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
   }
   float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
   if constexpr (C::kTable) stage_table<C::kOperand, kThreads>(machine, shared);
+  machine.await_previous();
   for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
     const int steps = int(split_end - first < C::kStageSteps ? split_end - first : C::kStageSteps);
     machine.wait();

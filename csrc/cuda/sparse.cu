@@ -1,9 +1,7 @@
 // The sparse projection on the device, and its launcher; sparse_kernel.h has what the kernels compute,
 // sparse_plan.h which of them serve a call.
+#include "enqueue.h"
 #include "sparse.h"
-
-#include <cuda_runtime_api.h>
-
 #include "sparse_plan.h"
 #include "threads.h"
 
@@ -14,23 +12,28 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads) forward_kernel(const Forward p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Threads threads;
+  threads.await_previous();
   forward_block<T>(p, threads, shared);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kDrawThreads) draw_kernel(const Drawing p) {
-  draw_block<T>(p, Threads{});
+  const Threads threads;
+  threads.await_previous();
+  draw_block<T>(p, threads);
 }
 
 __global__ void __launch_bounds__(kDrawThreads) prepare_kernel(const Prepare p) {
   __shared__ float shared[kPrepareBytes / 4];
   Threads threads;
+  threads.await_previous();
   prepare_block(p, threads, shared);
 }
 
 __global__ void __launch_bounds__(kColumnThreads) column_kernel(const Columns p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Threads threads;
+  threads.await_previous();
   column_block(p, threads, shared);
 }
 
@@ -43,31 +46,23 @@ struct LaunchForward {
     if (plan.scratch_bytes) {
       plan.forward.columns = plan.drawing.columns = static_cast<uint32_t*>(scratch);
       const int64_t blocks = (plan.drawing.stride + kDrawThreads - 1) / kDrawThreads;
-      draw_kernel<T><<<uint32_t(blocks), kDrawThreads, 0, stream>>>(plan.drawing);
-      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+      if (const int error = enqueue(draw_kernel<T>, uint32_t(blocks), kDrawThreads, 0, stream, plan.drawing))
+        return error;
     }
-    const auto kernel = forward_kernel<T>;
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes));
-    if (error != cudaSuccess) return error;
     const dim3 grid(uint32_t(plan.blocks_x), uint32_t(plan.blocks_y));
-    kernel<<<grid, kTileThreads, plan.shared_bytes, stream>>>(plan.forward);
-    return cudaGetLastError();
+    return enqueue(forward_kernel<T>, grid, kTileThreads, plan.shared_bytes, stream, plan.forward);
   }
 };
 
 int launch_transposed(const Sparse& call, void* scratch, cudaStream_t stream) {
   TransposedPlan plan = transposed_plan_of(call);
   plan.place(scratch);
-  cudaError_t error = cudaMemsetAsync(plan.prepare.bits, 0, plan.bits_bytes, stream);
-  if (error != cudaSuccess) return error;
-  prepare_kernel<<<uint32_t(plan.prepare_blocks), kDrawThreads, 0, stream>>>(plan.prepare);
-  if (error = cudaGetLastError(); error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(column_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kColumnBytes);
-  if (error != cudaSuccess) return error;
+  if (const int error = cudaMemsetAsync(plan.prepare.bits, 0, plan.bits_bytes, stream)) return error;
+  if (const int error =
+          enqueue(prepare_kernel, uint32_t(plan.prepare_blocks), kDrawThreads, 0, stream, plan.prepare))
+    return error;
   const dim3 grid(uint32_t(plan.blocks_x), uint32_t(plan.blocks_y));
-  column_kernel<<<grid, kColumnThreads, kColumnBytes, stream>>>(plan.columns);
-  return cudaGetLastError();
+  return enqueue(column_kernel, grid, kColumnThreads, kColumnBytes, stream, plan.columns);
 }
 
 }  // namespace

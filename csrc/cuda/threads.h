@@ -13,6 +13,14 @@ struct Threads {
   NMKERN_DEVICE uint32_t block_y() const { return blockIdx.y; }
   NMKERN_DEVICE uint32_t block_z() const { return blockIdx.z; }
   NMKERN_DEVICE void wait() const { __syncthreads(); }
+  // Until the kernels enqueued before have ended, and what they wrote can be read (see enqueue.h); the one
+  // enqueued next may begin.
+  NMKERN_DEVICE void await_previous() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+  }
   NMKERN_DEVICE void wait_warp() const { __syncwarp(); }
   // What a lane of the warp has; all lanes ask. A lane out of range is taken modulo 32.
   template <class Value>

@@ -1,9 +1,7 @@
 // The large-batch kernels on the device, and their launcher; wide_kernel.h has what they compute, wide_plan.h
 // which of them serves a call. They exist for sm_90a alone.
-#include <cuda_runtime_api.h>
-
 #include "dense.h"
-#include "device.h"
+#include "enqueue.h"
 #include "machine.h"
 #include "wgmma.h"
 #include "wide_plan.h"
@@ -102,13 +100,13 @@ struct Hopper : Warp {
   }
 
   NMKERN_DEVICE void load_four(const float* from, float (&value)[4]) const {
-    const float4 v = __ldg(reinterpret_cast<const float4*>(from));
+    const float4 v = *reinterpret_cast<const float4*>(from);
     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
   }
   NMKERN_DEVICE void load_floats(const float* from, float (&value)[kPacked]) const {
 #pragma unroll
     for (int i = 0; i < kPacked; i += 4) {
-      const float4 v = __ldg(reinterpret_cast<const float4*>(from + i));
+      const float4 v = *reinterpret_cast<const float4*>(from + i);
       value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
     }
   }
@@ -138,22 +136,24 @@ __global__ void __launch_bounds__(kWideThreads, 1) wide_kernel(const __grid_cons
 }
 
 __global__ void __launch_bounds__(kPackThreads) pack_copy_kernel(const Pack p) {
+  const Hopper hopper{};
+  hopper.await_previous();
   const int64_t at = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
-  if (at < p.count()) pack_copy(p, Hopper{}, at);
+  if (at < p.count()) pack_copy(p, hopper, at);
 }
 
 __global__ void __launch_bounds__(kPackThreads) pack_row_kernel(const Pack p) {
   __shared__ uint32_t largest;
   Hopper hopper;
+  hopper.await_previous();
   pack_row(p, hopper, &largest);
 }
 
 int launch_pack(const Pack& pack, int parts, cudaStream_t stream) {
   if (parts == 1)
-    pack_copy_kernel<<<uint32_t(ceil_div(pack.count(), kPackThreads)), kPackThreads, 0, stream>>>(pack);
-  else
-    pack_row_kernel<<<uint32_t(pack.batch), kPackThreads, 0, stream>>>(pack);
-  return cudaGetLastError();
+    return enqueue(pack_copy_kernel, uint32_t(ceil_div(pack.count(), kPackThreads)), kPackThreads, 0, stream,
+                   pack);
+  return enqueue(pack_row_kernel, uint32_t(pack.batch), kPackThreads, 0, stream, pack);
 }
 
 struct Launch {
@@ -168,16 +168,12 @@ struct Launch {
         wide_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kOperand, C::kParts>;
     int64_t blocks = 0;
     if (const int error = multiprocessors(&blocks)) return error;
-    if (const cudaError_t error =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-        error != cudaSuccess)
-      return error;
     return for_each_part<C>(call, scratch, [&](const WidePlan& plan) -> int {
       if (plan.packed)
         if (const int error = launch_pack(plan.pack, C::kParts, stream)) return error;
       const uint32_t grid = uint32_t(std::min(plan.product.tiles, blocks));
-      kernel<<<grid, kWideThreads, C::kSharedBytes, stream>>>(plan.product);
-      if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+      if (const int error = enqueue(kernel, grid, kWideThreads, C::kSharedBytes, stream, plan.product))
+        return error;
       return plan.partial_bytes ? launch_finish(plan.product.finish, stream) : cudaSuccess;
     });
   }

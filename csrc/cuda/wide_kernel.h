@@ -481,6 +481,7 @@ template <class C, class Machine>
 NMKERN_DEVICE void wide_block(const WideProduct& p, Machine& machine, unsigned char* shared) {
   if constexpr (C::kTable) stage_table<C::kOperand, kWideThreads>(machine, shared + C::kTableOffset);
   machine.start(shared, C::kStages);
+  machine.await_previous();
   const int warpgroup = machine.thread() / kWarpgroup;
   if (warpgroup == kConsumers) {
     machine.produces();

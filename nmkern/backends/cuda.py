@@ -54,6 +54,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.nmkern_cuda_kernels.restype = ctypes.c_char_p
     library.nmkern_cuda_set_small_rows.argtypes = [ctypes.c_int64]
     library.nmkern_cuda_set_small_rows.restype = None
+    library.nmkern_cuda_set_overlap.argtypes = [ctypes.c_bool]
+    library.nmkern_cuda_set_overlap.restype = None
     sizes, flag = [ctypes.c_int64] * 4, ctypes.c_bool
     library.nmkern_cuda_sparse_fits.argtypes = [ctypes.c_int, *sizes, flag, ctypes.POINTER(flag)]
     library.nmkern_cuda_sparse_fits.restype = ctypes.c_char_p
@@ -91,6 +93,14 @@ def set_small_rows(rows: int | None) -> None:
     if rows is not None and rows < 0:
         raise ValueError(f"rows: expected at least 0, got {rows}")
     _library().nmkern_cuda_set_small_rows(-1 if rows is None else rows)
+
+
+def set_overlap(allowed: bool) -> None:
+    """Let kernels begin while the one before them ends, on GPUs that can do that; for measurements.
+
+    Holds for the whole process, from the next launch on.
+    """
+    _library().nmkern_cuda_set_overlap(allowed)
 
 
 def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:

@@ -90,7 +90,11 @@ def _summary(samples: Samples) -> dict[str, float]:
 
 
 class Report:
-    """Rows as JSON lines, appended, and a line of text for each."""
+    """Rows as JSON lines, appended, and a line of text for each.
+
+    ``by``: what is made to serve the calls for now, where it is not what serves them of itself. Such rows are
+    cases of their own.
+    """
 
     def __init__(
         self,
@@ -103,6 +107,7 @@ class Report:
         self.clock = clock
         self.commit = commit
         self.tell = tell
+        self.by: str | None = None
         self.rows: list[dict[str, object]] = []
 
     def measure(
@@ -142,13 +147,16 @@ class Report:
         )
         told = ", ".join(f"{name} {'~' * (name in noisy)}{ratio:.2f}x" for name, ratio in ratios.items())
         goal = "" if case.target is None else f"  (target {case.target:g})"
-        shape = f"{case.name:<22} M={case.m:<5} {case.k} -> {case.n} {case.dtype} {case.family}"
+        name = case.name if self.by is None else f"{case.name} by {self.by}"
+        shape = f"{name:<22} M={case.m:<5} {case.k} -> {case.n} {case.dtype} {case.family}"
         self.tell(f"{shape:<70} {1e3 * medians['ours']:9.3f} ms   {told}{goal}")
         return ratios
 
     def write(self, row: dict[str, object]) -> None:
         """Keep a row, with where it comes from, and append it to the file."""
         row = {**row, **provenance(), **self.clock.machine()}
+        if self.by is not None:
+            row["by"] = self.by
         if self.commit is not None:
             row["commit"] = self.commit
         self.rows.append(row)

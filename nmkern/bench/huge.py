@@ -94,9 +94,10 @@ def measure(report: Report, size: int, m: int, dtype: torch.dtype, device: str, 
 
 def predict(report: Report, size: int, m: int, dtype: torch.dtype) -> float | None:
     """Seconds that the rate of the last smaller layer predicts; None where there was none at this batch."""
-    wanted = ("linear", m, cases.name_of(dtype), "uniform")
+    wanted = ("linear", m, cases.name_of(dtype), "uniform", None)
     for row in reversed(report.rows):
-        if tuple(row.get(key) for key in ("name", "m", "dtype", "family")) == wanted and "seconds" in row:
+        case = tuple(row.get(key) for key in ("name", "m", "dtype", "family", "by"))
+        if case == wanted and "seconds" in row:
             rate = row["weights_per_second"]
             assert isinstance(rate, float)
             return size * size / rate

@@ -12,7 +12,7 @@ from typing import Any
 
 from nmkern.bench import noise
 
-KEY = ("name", "m", "k", "n", "dtype", "family")
+KEY = ("name", "m", "k", "n", "dtype", "family", "by")
 Row = dict[str, Any]
 
 
@@ -21,7 +21,8 @@ def key_of(row: Row) -> tuple:
 
 
 def label(row: Row) -> str:
-    return "{name} M={m} {k} -> {n} {dtype} {family}".format(**row)
+    by = f" by {row['by']}" if row.get("by") else ""
+    return "{name} M={m} {k} -> {n} {dtype} {family}".format(**row) + by
 
 
 def read(path: Path) -> list[Row]:

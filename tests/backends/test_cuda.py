@@ -31,6 +31,9 @@ class Library:
     def nmkern_cuda_set_small_rows(self, rows):
         self.forced = rows
 
+    def nmkern_cuda_set_overlap(self, allowed):
+        self.overlap = allowed
+
     def nmkern_cuda_sparse_fits(self, index, batch, rows, cols, fan_in, transposed, fits):
         self.asked = (index, batch, rows, cols, fan_in, transposed)
         fits._obj.value = cols <= 1000
@@ -155,6 +158,13 @@ def test_the_rows_can_be_set(machine):
     assert (cuda.kernels(), library.forced) == ((16, False), -1)
     with pytest.raises(ValueError, match="rows: expected at least 0, got -1"):
         cuda.set_small_rows(-1)
+
+
+def test_overlap_can_be_switched_off(machine):
+    library = machine(16)
+    for allowed in (False, True):
+        cuda.set_overlap(allowed)
+        assert library.overlap is allowed
 
 
 @pytest.mark.parametrize(

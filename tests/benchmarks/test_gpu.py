@@ -81,30 +81,39 @@ def test_the_whole_plan_is_what_the_targets_ask_for():
 @pytest.mark.parametrize("wide", [False, True])
 def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(monkeypatch, wide):
     """Each row runs with its backend forced, and of cuda each kernel for any number of rows."""
-    rows_set, before = [], selection.forced_backend()
+    ways, before = [], selection.forced_backend()
     monkeypatch.setattr(gpu_rows.cuda, "refusal", lambda *_: None)
     monkeypatch.setattr(gpu_rows.cuda, "kernels", lambda: gpu_rows.cuda.Kernels(16, wide))
-    monkeypatch.setattr(gpu_rows.cuda, "set_small_rows", rows_set.append)
-    seen = []
-    monkeypatch.setattr(
-        gpu_rows.cases, "product", lambda *args, **_: seen.append((args[2], selection.forced_backend()))
-    )
-    plan = gpu_rows.rows(Report(None, HostClock()), gpu_rows.Extent())
+    monkeypatch.setattr(gpu_rows.cuda, "set_small_rows", ways.append)
+    monkeypatch.setattr(gpu_rows.cuda, "set_overlap", ways.append)
+    report, seen = Report(None, HostClock()), []
+
+    def see(what):
+        seen.append((what, report.by))
+        assert report.by.split()[0] == selection.forced_backend()
+
+    monkeypatch.setattr(gpu_rows.cases, "product", lambda *args, **_: see(args[2]))
+    monkeypatch.setattr(gpu_rows.cases, "projection", lambda *_: see("projection"))
+    monkeypatch.setattr(gpu_rows.cases, "flynet_step", lambda *_: see("flynet"))
+    plan = gpu_rows.rows(report, gpu_rows.Extent())
     forced = [row for row in plan if " by " in row.label]
     labels = [row.label for row in forced]
     assert "linear, transposed M=32 8192x8192 bfloat16 uniform by cuda (mma.sync)" in labels
     assert ("linear M=8 8192x8192 bfloat16 uniform by cuda (wgmma)" in labels) == wide
     monkeypatch.setattr(gpu_rows.cases, "Layer", lambda *_, **__: None)
-    monkeypatch.setattr(
-        gpu_rows.cases, "flynet_step", lambda *_: seen.append(("flynet", selection.forced_backend()))
-    )
     for row in forced:
         row.measure()
     border = [m for m in (8, 16, 32, 64) for _ in range(2)]
-    wanted = [(m, "triton") for m in (*border, 2048, 2048)] + [(m, "cuda") for m in border] * (1 + wide)
-    assert seen == [*wanted, (128, "triton"), (128, "triton"), ("flynet", "triton")]
-    assert rows_set == 8 * [2**20, None] + wide * 8 * [0, None]
-    assert selection.forced_backend() == before
+    wanted = [(m, "triton") for m in (*border, 2048, 2048)]
+    for way in ("mma.sync", *["wgmma"] * wide):
+        wanted += [(m, f"cuda ({way})") for m in border]
+    wanted += [(m, "cuda (serial)") for m in (1, 1, 16, 16)]
+    for name in ("triton", "cuda (serial)"):
+        wanted += [(what, name) for what in ("projection", "projection", "flynet")]
+    assert seen == wanted
+    no_overlap = [False, True]
+    assert ways == 8 * [2**20, None] + wide * 8 * [0, None] + 4 * no_overlap + 3 * no_overlap
+    assert selection.forced_backend() == before and report.by is None
 
 
 class Ticks:

@@ -75,6 +75,7 @@ struct HostThread {
     meet(meeting, [] {});
   }
   void wait() { meet(block.all); }
+  void await_previous() const {}  // blocks run one after the other
   void wait_warp() { meet(block.warps[thread_ / nmkern::cuda::kLanes]); }
 
   template <class Value>
