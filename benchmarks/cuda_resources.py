@@ -1,8 +1,9 @@
 """``python -m benchmarks resources --cuda [--out FILE]``: what the CUDA kernels compile to, without a GPU.
 
 Disassembles nmkern/_cuda.so, as setup.py has built it, with the tools of Triton's wheel, and records
-registers, spilled bytes, shared memory and machine instructions per weight and thread of the main loop. The
-committed table is what tests/native/test_cuda_resources.py holds kernels to.
+registers, spilled bytes, shared memory and machine instructions per weight and thread of the main loop; of
+those, the ones of the integer unit, which has half as many lanes as are issued to. The committed table is
+what tests/native/test_cuda_resources.py holds kernels to.
 """
 
 import functools
@@ -22,6 +23,8 @@ _OPERANDS = {"1": "bfloat16", "2": "float16"}
 _PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELNS_5DtypeE(\d)ELi(\d)E")
 _WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32(\.BF16)? R(?P<d>\d+), R(?P<a>\d+), gdesc")
 _GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
+# Logic, shifts, byte permutes, additions, comparisons; a multiply-add (IMAD) is another unit's.
+_INTEGER = re.compile(r"(LOP3|SHF|PRMT|V?IADD3?|ISETP|SEL|LEA|MOV|SGXT|BMSK|VIMNMX|PLOP3)\b")
 _BANKS = ("of one row", "of each row", "by context")
 # A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
 _WEIGHTS = 8
@@ -87,7 +90,7 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
                 row["waits_for_all"] = sum("gsb0, 0x0" in one for one in loop if "DEPBAR" in one)
                 row["hazards"] = len(hazards(loop))
             multiplies = int(parts) * (int(tiles) if kernel == "skinny" else 1)
-            row["instructions_per_weight"] = round(_per_weight(body, multiplies), 3)
+            row |= _per_weight(_main_loop(body), multiplies)
         elif match := re.search(r"\d(finish_kernelILi(\d)E|index_kernel)", name):
             label = "finish, index of contexts" if match[2] is None else "finish"
             label += ", 8 rows a thread" * (match[2] == "8")
@@ -229,11 +232,15 @@ def _shared() -> dict[tuple[str, ...], int]:
     return dict(zip(kernels, map(int, sizes), strict=True))
 
 
-def _per_weight(body: str, multiplies: int) -> float:
+def _per_weight(loop: list[str], multiplies: int) -> dict[str, float]:
     """Instructions of the main loop over the weights a thread makes there, each used so often."""
-    loop = _main_loop(body)
-    products = sum(one.startswith(("HMMA", "HGMMA")) for one in loop)
-    return len(loop) / (_WEIGHTS * products / multiplies)
+    weights = _WEIGHTS * sum(one.startswith(("HMMA", "HGMMA")) for one in loop) / multiplies
+    names = [re.sub(r"^@!?U?P\d+\s+", "", one) for one in loop]
+    integer = sum(_INTEGER.match(name) is not None for name in names)
+    return {
+        "instructions_per_weight": round(len(loop) / weights, 3),
+        "integer_per_weight": round(integer / weights, 3),
+    }
 
 
 def run(out: Path) -> None:

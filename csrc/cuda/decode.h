@@ -1,19 +1,22 @@
 // From hashed words to the registers of A: two codes as bfloat16 or float16, whichever x is, in as few
 // instructions as the machine has.
 //
-//   rademacher  shift, one LOP3: the two bits onto the signs of (-1, -1)               1    a weight
-//   uniform     shift, one LOP3: 128 + 2u in both halves; one add of -143              1.5  a weight
-//               (float16: 1024 + 2u and -1039, where its last place is a one)
+//   rademacher  shift, one LOP3: the two bits onto the signs of (-1, -1)               1     a weight
+//   uniform     one LOP3, one multiply-add; two pairs share a shift                    1.125
 //   normal      PRMT: the byte beside the lane's number is an address; a load from the
-//               table; half a multiply-add to join two codes                           2.5  a weight
+//               table; half a multiply-add to join two codes                           2.5
 //
-// Transposed, a register's two codes come from two words: rademacher and uniform join halves of the words
-// first (a PRMT for every four (uniform) or sixteen (rademacher) pairs), then decode as before.
-// Rejected for uniform: 128 + u in place, without a shift for a word's first field, leaves -135.5 to add,
-// which bf16 does not have. For normal: an entry every 128 bytes (32 KiB instead of 64) puts the byte where
-// PRMT does not reach: a shift and a LOP3, 3.5 a weight; one entry for all lanes: a load of 32 random words
-// waits for the fullest of 32 banks, three to four times as long.
-// Invariant: the codes are those of stream.h, exactly.
+// uniform: alone, the eight lowest bits of a bfloat16 or float16 are an integer in units of the smallest
+// subnormal number, for the normal numbers go on in its steps. Two fields are such integers in place, u and
+// 16 u; a multiply-add, which PTX defines for subnormal numbers too, makes them (2u - 15) * unit(), without a
+// rounding. Sums in that unit lose nothing until they are below 2^-119.
+// Transposed, a register's two codes come from two words: a PRMT joins bytes (uniform, for 4 codes) or halves
+// (rademacher, for 32) first.
+// Rejected for uniform: 128 + 2u by a shift and a LOP3, and an addition: 1.5 a weight (128 + u in place would
+// leave -135.5 to add, which bfloat16 does not have). For normal: an entry every 128 bytes (32 KiB instead of
+// 64) puts the byte where PRMT does not reach: a shift and a LOP3, 3.5 a weight; one entry for all lanes: a
+// load of 32 random words waits for the fullest of 32 banks, three to four times as long.
+// Invariant: the codes are those of stream.h, exactly, times unit().
 #pragma once
 
 #include <bit>
@@ -60,39 +63,44 @@ NMKERN_HD uint32_t bits_of(float value) {
 #endif
 }
 
-// What the tensor cores multiply, in both halves of a register: -1, the number whose last place is a one, and
-// what is 15 more, negated.
+// What the tensor cores multiply, in both halves of a register: -1; and for uniform the factors of a field in
+// bits 0 to 3 and 4 to 7, and -15 units.
 template <Dtype kOperand>
 struct Numbers {
   static_assert(kOperand != Dtype::float32);
   static constexpr bool kBf16 = kOperand == Dtype::bfloat16;
   static constexpr uint32_t kMinusOne = kBf16 ? 0xBF80BF80 : 0xBC00BC00;
-  static constexpr uint32_t kOnes = kBf16 ? 0x43004300 : 0x64006400;
-  static constexpr uint32_t kOffset = kBf16 ? 0xC30FC30F : 0xE40FE40F;
+  static constexpr uint32_t kLower = kBf16 ? 0x7F007F00 : 0x78007800,
+                            kUpper = kBf16 ? 0x7D007D00 : 0x68006800;
+  static constexpr uint32_t kOffset = kBf16 ? 0xBDF0BDF0 : 0xA380A380;
 };
 
-// a + b in both halves, for sums that the operand's dtype holds exactly. In bfloat16 before sm_90 as a
-// product with 1: there is no such addition.
+// What a code of 1 is in A's registers.
+template <Family kFamily, Dtype kOperand>
+NMKERN_HD constexpr float unit() {
+  return kFamily != Family::uniform ? 1.0f : kOperand == Dtype::bfloat16 ? 0x1p-7f : 0x1p-10f;
+}
+
+// a * b + c in both halves, for what the operand's dtype holds exactly.
 template <Dtype kOperand>
-NMKERN_HD uint32_t add_exact(uint32_t a, uint32_t b) {
+NMKERN_HD uint32_t multiply_add_exact(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__)
-  uint32_t sum;
+  uint32_t result;
   if constexpr (kOperand == Dtype::float16)
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
   else
-#if __CUDA_ARCH__ >= 900
-    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
 #else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
-#endif
-  return sum;
-#else
-  const auto sum = [&](int bit) -> uint32_t {
-    const auto left = uint16_t(a >> bit), right = uint16_t(b >> bit);
-    return kOperand == Dtype::float16 ? to_float16(from_float16(left) + from_float16(right))
-                                      : to_bfloat16(from_bfloat16(left) + from_bfloat16(right));
+  const auto one = [&](int bit) -> uint32_t {
+    const auto value = [&](uint32_t bits) {
+      return kOperand == Dtype::float16 ? from_float16(uint16_t(bits >> bit))
+                                        : from_bfloat16(uint16_t(bits >> bit));
+    };
+    const float result = value(a) * value(b) + value(c);
+    return kOperand == Dtype::float16 ? to_float16(result) : to_bfloat16(result);
   };
-  return sum(0) | sum(16) << 16;
+  return one(0) | one(16) << 16;
 #endif
 }
 
@@ -109,17 +117,18 @@ NMKERN_HD uint32_t masked(uint32_t a) {
 #endif
 }
 
-// The codes of fields p (low half) and p + P / 2 of a word.
-template <Family kFamily, Dtype kOperand>
-NMKERN_HD uint32_t decode_pair(uint32_t word, int p) {
-  static_assert(kFamily != Family::normal, "normal's codes are in a table");
+// rademacher: the codes of fields p (low half) and p + 16 of a word.
+template <Dtype kOperand>
+NMKERN_HD uint32_t decode_signs(uint32_t word, int p) {
+  return masked<0x80008000, Numbers<kOperand>::kMinusOne>(word << (15 - p));
+}
+
+// uniform: the codes, times the unit, of the lower or upper field in the lowest byte of either half.
+template <Dtype kOperand>
+NMKERN_HD uint32_t decode_levels(uint32_t bytes, int upper) {
   using N = Numbers<kOperand>;
-  if constexpr (kFamily == Family::rademacher) {
-    return masked<0x80008000, N::kMinusOne>(word << (15 - p));
-  } else {
-    const uint32_t moved = p == 0 ? word << 1 : word >> (4 * p - 1);
-    return add_exact<kOperand>(masked<0x001E001E, N::kOnes>(moved), N::kOffset);
-  }
+  return upper ? multiply_add_exact<kOperand>(bytes & 0x00F000F0, N::kUpper, N::kOffset)
+               : multiply_add_exact<kOperand>(bytes & 0x000F000F, N::kLower, N::kOffset);
 }
 
 // normal's table in shared memory: entry u holds the code in its low half, 0 above, for each of the 32 lanes
@@ -164,18 +173,22 @@ NMKERN_HD uint32_t a_register(const Words& words, int tile, int depth, int reg, 
     const uint32_t first = words.w[2 * h], second = words.w[2 * h + 1];
     if constexpr (kFamily == Family::normal) {
       return join(lookup(first, output), lookup(second, output));
+    } else if constexpr (kFamily == Family::uniform) {
+      const uint32_t joined = permute_bytes(first, second, 0x4400u + 0x1111u * uint32_t(output / 2));
+      return decode_levels<kOperand>(joined, output % 2);
     } else {
       const uint32_t joined = output < kHalf ? low_halves(first, second) : high_halves(first, second);
-      return decode_pair<kFamily, kOperand>(joined, output % kHalf);
+      return decode_signs<kOperand>(joined, output % kHalf);
     }
   } else {
     const uint32_t word = words.w[output];
     const int p = Patch::reduction(depth, h, 0);
-    if constexpr (kFamily == Family::normal) {
+    if constexpr (kFamily == Family::normal)
       return join(lookup(word, p), lookup(word, p + kHalf));
-    } else {
-      return decode_pair<kFamily, kOperand>(word, p);
-    }
+    else if constexpr (kFamily == Family::uniform)
+      return decode_levels<kOperand>(p < 2 ? word : word >> 8, p % 2);
+    else
+      return decode_signs<kOperand>(word, p);
   }
 }
 

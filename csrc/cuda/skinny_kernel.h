@@ -7,8 +7,9 @@
 // All warps of a block read the same x and own outputs of their own; a step of the loop is a patch for
 // each of a quad's four lanes, so 4 * Patch::kReduction reduction indices. Nothing of W leaves registers.
 // Instructions per weight and thread of the loop, 16 rows, sm_90a: rademacher 1.46 (transposed 1.48),
-// uniform 2.48 (2.59), normal 4.19 (4.14); of uniform's 2.48, the hash takes 0.67, decoding 1.5, mma.sync
-// 0.25, loads of x and the loop itself the rest. benchmarks/results/cuda_resources.json has all of them.
+// uniform 2.13 (2.21), normal 4.19 (4.14); of uniform's 2.13, the hash takes 0.67, decoding 1.13, mma.sync
+// 0.25, loads of x and the loop itself the rest. The integer unit takes two clocks for each of its own, 1.02
+// (1.14) of them: 2.05 (2.27) clocks. benchmarks/results/cuda_resources.json has all of them.
 // Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward). x of bfloat16 or
 // float16 is multiplied as it is; a float32 (such an x, or x * in_gain) enters as three bfloat16 that sum to
 // it exactly.
@@ -89,7 +90,7 @@ struct Config {
   static constexpr int kStageBytes = parts == 1 || kTable ? 32 << 10 : 48 << 10;
   static constexpr int kSharedBytes = kTable ? kTableBytes : kStageBytes;
 
-  // Steps a turn of the loop: uniform transposed has few weights in a step, and takes 2.67 with one.
+  // Steps a turn of the loop: uniform transposed has few weights in a step, and takes 2.28 with one.
   static constexpr int kUnroll = transposed && family == Family::uniform ? 4 : 1;
   static constexpr int kStageSteps = kStageBytes / kStepBytes / kUnroll * kUnroll;
   static constexpr int kChainSteps = kChains ? kChainDepths / Patch::kDepth : kStageSteps;
@@ -278,13 +279,15 @@ NMKERN_DEVICE void add_sums(Sums (&to)[count], const Sums (&from)[count]) {
   for (int i = 0; i < count; ++i) add_sums<Machine>(to[i], from[i]);
 }
 
-// A power of two that the sums of row m are multiplied by.
+// What the sums of row m are multiplied by, a power of two: they come in units of the codes, and of the row
+// where it is scaled.
 template <class C, class Call>
-NMKERN_DEVICE float row_scale(const Call& p, int64_t m) {
+NMKERN_DEVICE float sum_scale(const Call& p, int64_t m) {
+  constexpr float kScale = 1 / unit<C::Patch::kFamily, C::kOperand>();
   if constexpr (C::kScaled)
-    return p.row_scale[m];
+    return p.row_scale[m] * kScale;
   else
-    return 1;
+    return kScale;
 }
 
 // The sums of a lane: runs of consecutive outputs, four of them a store.
@@ -303,7 +306,7 @@ NMKERN_DEVICE void write_partial(const Call& p, const Machine& machine, int64_t 
         if (m >= p.batch) continue;
         const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * Patch::kFields;
         float* to = p.partial + (split_index * p.batch + m) * p.partial_stride + n;
-        const float scale = row_scale<C>(p, m);
+        const float scale = sum_scale<C>(p, m);
 #pragma unroll
         for (int output = 0; output < Patch::kOutputs; output += 4) {
           // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.

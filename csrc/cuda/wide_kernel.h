@@ -391,7 +391,7 @@ NMKERN_DEVICE void write_outputs(const WideProduct& p, const Machine& machine, i
       if (m >= p.batch) continue;
       if (f.out_gain.rows > 1) load(f.out_gain, m, gain);
       if (f.bias.rows > 1) load(f.bias, m, bias);
-      const float scale = row_scale<C>(p, m);
+      const float scale = sum_scale<C>(p, m);
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

@@ -1,6 +1,7 @@
 // Reads tests/vectors.txt and holds the CUDA kernels' hash and decode to every dense line of it: the patch of
 // the element goes into A's registers, both ways, and each register's two halves, as bfloat16 and as float16,
-// must be the codes of the elements that fragment.h says they are. Prints the number of lines.
+// must be the codes, in their unit, of the elements that fragment.h says they are. Prints the number of
+// lines.
 #include <fstream>
 #include <iostream>
 #include <sstream>
@@ -39,7 +40,8 @@ int occurrences_of(Words words, int first_field, int row, int field, int code) {
           const int f = Patch::kTransposed ? first_field + output : reduction;
           const uint32_t bits = drawn.w[r] >> (f * kBits) & ((1u << kBits) - 1);
           const auto half = uint16_t(pair >> 16 * e);
-          const float value = kOperand == Dtype::float16 ? from_float16(half) : from_bfloat16(half);
+          const float value = (kOperand == Dtype::float16 ? from_float16(half) : from_bfloat16(half)) /
+                              unit<Patch::kFamily, kOperand>();
           if (value != float(decode(Patch::kFamily, bits))) return -1;
           if (r == row && f == field && value == float(code)) ++found;
         }
