@@ -12,7 +12,7 @@ from formula import T, exact_matrix, generator, integers, normals, stored_weight
 
 pytest.importorskip("triton")
 
-from nmkern import RandomMatrix
+from nmkern import RandomMatrix, stream
 from nmkern.backends import primitives, triton
 from nmkern.backends.triton import configs, flynet, launch
 
@@ -31,15 +31,18 @@ def gain_grad(x, other, matrix, contexts, context=None, in_gain=None, out_gain=N
 
 @pytest.fixture
 def operands(monkeypatch):
-    """A function that sets in how many parts x is multiplied, of float32 in the interpreter."""
+    """A function that sets in how many parts x is multiplied, and in what; in the interpreter float32."""
 
-    def set_parts(parts):
-        dtype = torch.float32 if INTERPRETED else torch.bfloat16
-        monkeypatch.setattr(launch, "operand_of", lambda *_: (dtype, parts))
+    def clear():
         launch._plan.cache_clear()
+        flynet.plan_of.cache_clear()
 
-    yield set_parts
-    launch._plan.cache_clear()
+    def set_operands(parts, dtype=torch.float32 if INTERPRETED else torch.bfloat16):
+        monkeypatch.setattr(launch, "operand_of", lambda *_: (dtype, parts))
+        clear()
+
+    yield set_operands
+    clear()
 
 
 @pytest.mark.parametrize(("transposed", "parts"), [(False, 0), (True, 0), (False, 1), (True, 3)])
@@ -222,6 +225,30 @@ def test_torchs_setting_for_float32_products_is_honoured(monkeypatch, precision)
         with pytest.raises(ZeroDivisionError):
             flynet.flynet_gain_grad(x, d_logits, None, 1, *args)
     assert seen == [precision == "tf32"] * 2 + [False] * 2
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU every float16 input is multiplied so")
+@pytest.mark.parametrize("family", stream.DENSE_FAMILIES)
+def test_sums_of_weights_in_float16_are_scaled(operands, family):
+    """As GPUs decode and multiply them; the interpreter would else take float32, whose codes have no unit."""
+    operands(1, torch.float16)
+    g = generator(5)
+    matrix = exact_matrix(family, 37, 83)
+    for rows in (3, 40):  # as it is, prepared
+        for view in (matrix, matrix.T):
+            x = integers((rows, view.cols), 1, g, torch.float16)
+            assert torch.equal(matmul(x, view), (x.double() @ stored_weights(view).T).half())
+    encoder, decoder = RandomMatrix(83, 9, seed=1, family="sparse", fan_in=2), matrix[:10]
+    args = primitives.flynet_args(encoder, decoder)
+    x, d_logits = integers((6, 9), 1, g, torch.float16), integers((6, 10), 1, g, torch.float16)
+    m = x.double() @ stored_weights(encoder).T
+    hidden = torch.relu(m - m.mean(1, keepdim=True))
+    w = stored_weights(decoder)
+    grad = flynet.flynet_gain_grad(x, d_logits, None, 1, *args)
+    operands(3, torch.float16)
+    logits = flynet.flynet_logits(x, torch.ones(1, 83), None, *args)
+    for found, want in ((logits, hidden @ w.T), (grad, (hidden * (d_logits.double() @ w)).sum(0))):
+        assert (found.double() - want).abs().max() <= 2**-9 * want.abs().max()
 
 
 def test_an_empty_batch():

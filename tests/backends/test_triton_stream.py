@@ -60,11 +60,11 @@ def element_kernel(
 def pair_kernel(
     words, out, TAG: tl.constexpr, MANTISSA: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Both halves of ``biased_pair`` for every f: out[word, f, 2]."""
+    """Both halves of ``pair_of_fields`` for every f: out[word, f, 2]."""
     i = tl.arange(0, BLOCK)
     f = tl.arange(0, HALF)
     word = tl.load(words + i).to(tl.uint32, bitcast=True)
-    pair = device.biased_pair(word[:, None], f[None, :].to(tl.uint32), TAG, MANTISSA)
+    pair = device.pair_of_fields(word[:, None], f[None, :].to(tl.uint32), TAG, MANTISSA)
     tl.store(out + i[:, None] * HALF + f[None, :], pair.to(tl.int32, bitcast=True))
 
 
@@ -113,21 +113,25 @@ def test_words_and_codes_of_the_vectors(family, dtype):
         inputs, table, found, codes, len(records), family.tag, DTYPES[dtype], BLOCK=block(len(records))
     )
     assert as_uint32(found).tolist() == [int(word, 16) for *_, word, _ in records]
-    assert codes.tolist() == [int(code) for *_, code in records]
+    scale = device.code_scale(family.tag, DTYPES[dtype])
+    assert (codes.float() * scale).tolist() == [int(code) for *_, code in records]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", [stream.RADEMACHER, stream.UNIFORM], ids=lambda family: family.name)
 def test_pairs_of_fields(family, dtype):
-    """The bits that are decoded two at a time, less their bias, are the codes: in the dtype itself."""
+    """The bits that are decoded two at a time are the codes, or become them by one multiply-add."""
     mantissa = 7 if dtype == torch.bfloat16 else 10
     half = family.columns_per_word // 2
     words = stream.philox4x32((np.arange(64), 0, 0, 0), (1, 2)).reshape(-1)
     out = torch.empty(len(words), half, dtype=torch.int32, device=DEVICE)
     pair_kernel[(1,)](as_int32(words), out, family.tag, mantissa, half, BLOCK=len(words))
-    biased = out.cpu().view(dtype).view(len(words), half, 2)
-    found = biased - torch.tensor(device.bias(family.tag, mantissa), dtype=dtype)
+    found = out.cpu().view(dtype).view(len(words), half, 2).double()
+    if family is stream.UNIFORM:
+        factor = torch.tensor([1, 1 / 16], dtype=torch.float64).repeat(half // 2)[:, None]
+        largest = 2.0**127 if dtype == torch.bfloat16 else 2.0**15
+        found = largest * factor * found * device.code_scale(family.tag, DTYPES[dtype]) - 15
     shifts = np.arange(0, 32, family.bits, dtype=np.uint32)
     fields = (words[:, None] >> shifts) & np.uint32(2**family.bits - 1)
     want = torch.from_numpy(stream.decode(family.name, fields)).view(len(words), 2, half).transpose(1, 2)
-    assert torch.equal(found, want.to(dtype))
+    assert torch.equal(found, want.double())

@@ -32,9 +32,9 @@ REDUCTION = {
 
 # By the size of the batch, up to and with. The accumulators take outputs * batch / (32 * warps) registers of
 # 255: 32, 64, and 128 in the last two, so that two programs fit a multiprocessor and one hashes while the
-# other multiplies. The loop takes 4.7, 4.6, 4.7 and 5.8 instructions a weight (sm_90, uniform, forward), so
+# other multiplies. The loop takes 4.3, 4.5, 4.5 and 5.4 instructions a weight (sm_90, uniform, forward), so
 # the next tile pays from the first row on that would need two of the one before. At 128 rows a weight keeps
-# the tensor cores busy for 1/16 of a clock, and issuing those 5.8 instructions takes 1/22.
+# the tensor cores busy for 1/16 of a clock, and issuing those 5.4 instructions takes 1/24.
 _SMALL, _MIDDLE = Tile(outputs=256, batch=16), Tile(outputs=256, batch=32)
 _LARGE, _HUGE = Tile(outputs=256, batch=64), Tile(outputs=128, batch=128)
 
@@ -59,9 +59,6 @@ def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
         tile = replace(tile, fields=8)
     if words and (tile.batch == _LARGE.batch or parts > 1):
         tile = replace(tile, warps=8)
-    if transposed and tag != normal and tile.batch == _SMALL.batch and parts > 1:
-        # 7.95 instructions a weight on sm_80; with half the warps 8.03, with three stages it spilled.
-        tile = replace(tile, outputs=512, warps=8, stages=2)
     return tile
 
 

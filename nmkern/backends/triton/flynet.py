@@ -27,7 +27,7 @@ from torch import Tensor
 from nmkern import stream
 from nmkern.backends.triton import launch, sparse
 from nmkern.backends.triton.dense import context_rows, dot, widen
-from nmkern.backends.triton.stream import columns_per_word, decode, word_of_row, words
+from nmkern.backends.triton.stream import code_scale, columns_per_word, decode, word_of_row, words
 
 # A step takes that many units (whole words of every family) and batch rows; the hidden tile is 8 registers a
 # thread: at 16, or with four draws read at once, variants spilled. Fixed, as the order of sums must be.
@@ -73,7 +73,7 @@ def _hidden(x, columns, mean, factor, u, m, in_batch, M, inputs, hidden, fan_in,
 def _decoder(
     patch, word, k0, k1, table, TAG: tl.constexpr, DTYPE: tl.constexpr, BC: tl.constexpr, BU: tl.constexpr
 ):
-    """Codes [BC, BU] of BC / 4 patches and BU / (columns per word) words, given by their counters."""
+    """Codes over ``code_scale`` [BC, BU]: BC / 4 patches and BU / (columns per word) words, by counters."""
     WIDTH: tl.constexpr = columns_per_word(TAG)
     w0, w1, w2, w3 = words(word[None, :], patch[:, None], k0, k1, TAG)
     r = tl.arange(0, 4)[None, :, None, None]
@@ -156,6 +156,7 @@ def logits_kernel(
         w = _decoder(patch, word, k0, k1, table, TAG, DTYPE, BC, BU)
         acc = dot(w, value, acc, PARTS, DTYPE)
     place = (split.to(tl.int64) * M + m)[None, :] * classes + c[:, None]
+    acc *= code_scale(TAG, DTYPE)
     tl.store(partial + place, acc, mask=((c >= 0) & (c < classes))[:, None] & in_batch[None, :])
 
 
@@ -231,7 +232,7 @@ def gain_grad_kernel(
         value = _hidden(
             x, columns, mean, encoder_factor, u, m, in_batch, M, inputs, hidden, fan_in, shift, BU
         )
-        product = value * (pulled * decoder_factor)
+        product = value * (pulled * code_scale(TAG, DTYPE) * decoder_factor)
         if EACH:
             place = m[None, :] * hidden + u[:, None]
             tl.store(out + place, product, mask=inside[:, None] & in_batch[None, :])
