@@ -114,7 +114,7 @@ def code_scale(tag, dtype):
 def _level(field, f, TAG: tl.constexpr, DTYPE: tl.constexpr):
     """The code of uniform's field f, which is in the bits of ``field`` as ``pair_of_fields`` leaves it.
 
-    Without a rounding: u or 16 u smallest subnormal numbers, times a power of two, less 7.5 of what u is then.
+    Without a rounding: u or 16 u smallest subnormals, times a power of two, less 7.5 of what u has become.
     """
     LARGE: tl.constexpr = 2.0**127 if DTYPE == tl.bfloat16 else 2.0**15
     OFFSET: tl.constexpr = 15 / code_scale(TAG, DTYPE)
