@@ -126,6 +126,39 @@ def test_repeats_give_the_same_bits(dense_backend):
     assert all(torch.equal(modulated_linear(x, matrix), first) for _ in range(5))
 
 
+@pytest.mark.cuda_library
+@pytest.mark.parametrize("rows", [4, 70])
+def test_kernels_that_overlap_give_the_bits_of_those_that_do_not(rows):
+    """Each reads what the one before has just written, in memory that earlier ones have just read."""
+    g = generator(rows)
+    down, up = (RandomMatrix(*shape, seed=1, scale=0.01) for shape in ((500, 3000), (3000, 500)))
+    sparse = RandomMatrix(3000, 3000, seed=2, family="sparse", fan_in=7)
+    x, gain = normals((rows, 3000), g).cuda(), normals((3000,), g).cuda().requires_grad_()
+
+    def network():
+        y = x
+        for _ in range(5):
+            y = torch.relu(modulated_linear(y, down, in_gain=gain))
+            y = sparse_project(modulated_linear(y, up), sparse)
+        return y.detach(), *torch.autograd.grad(y, gain, x)
+
+    with nmkern.use_backend("cuda"):
+        cuda.set_overlap(False)
+        try:
+            want = network()
+        finally:
+            cuda.set_overlap(True)
+        assert want[0].abs().max() > 0 and want[1].abs().max() > 0
+        for _ in range(20):
+            assert all(torch.equal(a, b) for a, b in zip(network(), want, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = network()
+        for _ in range(20):
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
 def test_a_context_out_of_range_reads_the_nearest_row(dense_backend):
     g = generator(3)
     matrix = exact_matrix("uniform", 7, 12)
