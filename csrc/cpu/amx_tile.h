@@ -28,6 +28,27 @@
 namespace nmkern::cpu {
 namespace {
 
+// As Bf16Codec, but for the last step of normal: to pick bytes from two registers is three instructions on
+// Intel's CPUs, two of them for one port; a shift and a blend take both ports. With one instruction less for
+// the index (avx512.h), generating normal takes 23 % less time.
+template <Family F>
+struct UnitCodec : Bf16Codec<F> {
+  using typename Bf16Codec<F>::Weight, typename Bf16Codec<F>::Prepared;
+
+  template <int Field>
+  static NMKERN_INLINE Weight decode(const Prepared& word) {
+    if constexpr (F != Family::normal)
+      return Bf16Codec<F>::template decode<Field>(word);
+    else if constexpr (Field == 0)
+      return _mm512_mask_blend_epi8(kOddBytes, word.low, _mm512_slli_epi16(word.high, 8));
+    else
+      return _mm512_mask_blend_epi8(kOddBytes, _mm512_srli_epi16(word.low, 8), word.high);
+  }
+
+ private:
+  static constexpr __mmask64 kOddBytes = 0xAAAAAAAAAAAAAAAA;
+};
+
 // The weights of a tile, kPanelSteps reduction steps (a panel) at a time. Forward, a panel is a run of
 // columns; transposed, of kTileWords patches of rows, and of each word four fields, a chunk.
 //
@@ -282,7 +303,7 @@ static_assert(2 * kPanelSteps * kVectors * int64_t{sizeof(__m512i)} <= tile_byte
 
 template <class Unit>
 constexpr MatrixUnit matrix_unit() {
-  return {run_on_unit<Unit, Avx512, Bf16Codec>, pack, untile};
+  return {run_on_unit<Unit, Avx512, UnitCodec>, pack, untile};
 }
 
 }  // namespace
