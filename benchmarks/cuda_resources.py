@@ -171,31 +171,33 @@ def _registers(instruction: str) -> tuple[set[int], set[int]]:
     return written, {r for registers in used.values() for r in registers}
 
 
-def accesses_before_waiting(code: str) -> list[str]:
-    """What a kernel does to the device's memory before, or without, waiting for the kernels before it.
+def overtakes(code: str, table: bool = False, table_later: bool = False) -> list[str]:
+    """What a kernel that is launched early does wrong: instructions, or what it lacks.
 
-    Loads of constants aside: those of a table that is part of the program, or, beyond the wait, what __ldg
-    would make of any other. Branches past the wait count too.
+    It has to wait for the kernels before it, once and in any case, and only then let the next one begin.
+    Before, it may not touch the device's memory; after, not read it through the cache of what is constant
+    (.CONSTANT), which __ldg does. ``table``, ``table_later``: but for the program's own table, before and
+    after the wait.
     """
-    before, found, after = code.partition("ACQBULK")
-    past = set(re.findall(r"^\s*(\.L_\w+):", after, flags=re.MULTILINE))
-    early = [one for one in _instructions(before if found else code) if _MEMORY.match(one)]
-    skips = [one for one in _instructions(before) if "BRA" in one and _target(one) in past]
-    return [one for one in early if not (found and ".CONSTANT" in one)] + skips
+    every = _instructions(code)
+    if every.count("ACQBULK") != 1 or every.count("PREEXIT") != 1:
+        return [one for one in every if "ACQBULK" in one or "PREEXIT" in one] or ["it does not wait"]
+    at = every.index("ACQBULK")
+    before, after = ([re.sub(_PREDICATE, "", one) for one in part] for part in (every[:at], every[at:]))
+    past = set(re.findall(r"^\s*(\.L_\w+):", code.partition("ACQBULK")[2], flags=re.MULTILINE))
+    found = [one for one in before if _MEMORY.match(one) and not (table and "LDG" in one and _CACHED in one)]
+    found += [one for one in before if one.startswith(("EXIT", "RET", "CALL", "BRX", "JMX", "PREEXIT"))]
+    found += [one for one in before if "BRA" in one and _target(one) in past]
+    return found + [one for one in after if _CACHED in one and not table_later]
 
 
-def constant_loads(code: str) -> int:
-    """How many loads of a kernel may come from a cache that nobody keeps up to date, once it waited."""
-    return sum(".CONSTANT" in one for one in _instructions(code.partition("ACQBULK")[2]))
-
-
+_PREDICATE = re.compile(r"^@!?U?P\d+\s+")
+_CACHED = ".CONSTANT"
 _MEMORY = re.compile(r"(LDG|STG|LDGSTS|LD|ST|ATOM|ATOMG|RED|REDG|UBLK\w+|UTMA\w+)(\.|$| )")
 
 
 def _instructions(code: str) -> list[str]:
-    """Without predicates."""
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", code, flags=re.MULTILINE)
-    return [re.sub(r"^@!?U?P\d+\s+", "", one) for one in found]
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", code, flags=re.MULTILINE)
 
 
 def _target(branch: str) -> str:
@@ -235,7 +237,7 @@ def _shared() -> dict[tuple[str, ...], int]:
 def _per_weight(loop: list[str], multiplies: int) -> dict[str, float]:
     """Instructions of the main loop over the weights a thread makes there, each used so often."""
     weights = _WEIGHTS * sum(one.startswith(("HMMA", "HGMMA")) for one in loop) / multiplies
-    names = [re.sub(r"^@!?U?P\d+\s+", "", one) for one in loop]
+    names = [re.sub(_PREDICATE, "", one) for one in loop]
     integer = sum(_INTEGER.match(name) is not None for name in names)
     return {
         "instructions_per_weight": round(len(loop) / weights, 3),

@@ -136,6 +136,7 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         )
 
     both = cuda.refusal("uniform", BF16, extent.device) is None
+    hopper = both and cuda.kernels().wide
     small, large = min(extent.sizes), max(extent.sizes)
     short = 3 + 10 * extent.seconds
     yield Row("copy", short, lambda: cases.copy(report, extent.copied, extent.seconds, extent.device))
@@ -151,9 +152,10 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
     yield from dense(small, extent.few, "rademacher")
     if both:
         yield from by(report, "triton", dense(small, (*extent.border, *extent.large)))
-        for kernel in ("mma.sync", "wgmma") if cuda.kernels().wide else ("mma.sync",):
+        for kernel in ("mma.sync", "wgmma") if hopper else ("mma.sync",):
             yield from by(report, "cuda", dense(small, extent.border), kernel)
-        yield from by(report, "cuda", dense(small, extent.serial), "serial")
+        if hopper:  # elsewhere kernels never overlap
+            yield from by(report, "cuda", dense(small, extent.serial), "serial")
     for grad in (False, True):
         yield Row(
             f"call overhead, gradients {'on' if grad else 'off'}",
@@ -169,7 +171,7 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
     yield from sparse()
     if both:
         yield from by(report, "triton", sparse())
-        if extent.serial:
+        if hopper and extent.serial:
             yield from by(report, "cuda", sparse(), "serial")
     yield from dense(small, extent.few, "normal")
     yield from dense(small, extent.few, "uniform", F32)

@@ -9,7 +9,7 @@
 // uniform: alone, the eight lowest bits of a bfloat16 or float16 are an integer in units of the smallest
 // subnormal number, for the normal numbers go on in its steps. Two fields are such integers in place, u and
 // 16 u; a multiply-add, which PTX defines for subnormal numbers too, makes them (2u - 15) * unit(), without a
-// rounding. Sums in that unit lose nothing until they are below 2^-119.
+// rounding. Sums in that unit lose nothing until they are below 2^-119 (float16: 2^-116).
 // Transposed, a register's two codes come from two words: a PRMT joins bytes (uniform, for 4 codes) or halves
 // (rademacher, for 32) first.
 // Rejected for uniform: 128 + 2u by a shift and a LOP3, and an addition: 1.5 a weight (128 + u in place would

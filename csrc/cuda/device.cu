@@ -73,7 +73,7 @@ int multiprocessors(int64_t* count) {
 int overlaps(bool* overlap) {
   int64_t major = 0;
   const int error = kept_here(known_overlap, cudaDevAttrComputeCapabilityMajor, &major);
-  *overlap = major >= 9 && overlap_allowed.load(std::memory_order_relaxed);
+  *overlap = major == 9 && overlap_allowed.load(std::memory_order_relaxed);
   return error;
 }
 

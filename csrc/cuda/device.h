@@ -47,7 +47,8 @@ int kernels_of(int device, Kernels* kernels);
 // The multiprocessors of the current device; a cudaError_t.
 int multiprocessors(int64_t* count);
 
-// Whether kernels may begin on the current device while the one before them ends; a cudaError_t.
+// Whether kernels may begin on the current device while the one before them ends: on Hopper (GPUs after it can
+// too, and have not been looked at); a cudaError_t.
 int overlaps(bool* overlap);
 
 // Whether they do so where they may. For tests and timings.

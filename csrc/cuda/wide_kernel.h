@@ -2,6 +2,7 @@
 //
 //   sums[n, m] = sum over the k of a split: code[n, k] * (x[m, k] * in_gain[c, k])              (consume)
 //   y[m, n] = (factor * sums[n, m]) * out_gain[c, n] + bias[c, n], or partial[s, m, n] = sums[n, m]
+//   both of sums that sum_scale has taken out of their unit
 //
 //   x -> (pack, where it is not multiplied as it is) -> produce -> shared memory, a ring of stages -> consume
 //   -> y

@@ -42,13 +42,18 @@ class Cell:
     family: str
 
     @property
-    def key(self) -> tuple:
-        """Of its row, which has the product's own K and N."""
+    def _row(self) -> rows_of.Row:
+        """What its row says of the case: K and N are the product's own."""
         k, n = (self.n, self.k) if self.way == "backward" else (self.k, self.n)
-        return _NAMES[self.family == "sparse", self.way], self.m, k, n, self.dtype, self.family
+        name = _NAMES[self.family == "sparse", self.way]
+        return {"name": name, "m": self.m, "k": k, "n": n, "dtype": self.dtype, "family": self.family}
+
+    @property
+    def key(self) -> tuple:
+        return rows_of.key_of(self._row)
 
     def __str__(self) -> str:
-        return rows_of.label(dict(zip(rows_of.KEY, self.key, strict=True)))
+        return rows_of.label(self._row)
 
 
 def cells_of(found: Iterable[rows_of.Row]) -> list[Cell]:
@@ -56,7 +61,7 @@ def cells_of(found: Iterable[rows_of.Row]) -> list[Cell]:
     ways = {name: way for (_, way), name in _NAMES.items()}
     cells = []
     for row in found:
-        if (way := ways.get(row["name"])) and row["dtype"] in DTYPES:
+        if (way := ways.get(row["name"])) and row["dtype"] in DTYPES and row.get("by") is None:
             k, n = (row["n"], row["k"]) if way == "backward" else (row["k"], row["n"])
             cells.append(Cell(way, row["m"], k, n, row["dtype"], row["family"]))
     return cells

@@ -127,36 +127,81 @@ def test_repeats_give_the_same_bits(dense_backend):
 
 
 @pytest.mark.cuda_library
-@pytest.mark.parametrize("rows", [4, 70])
-def test_kernels_that_overlap_give_the_bits_of_those_that_do_not(rows):
-    """Each reads what the one before has just written, in memory that earlier ones have just read."""
-    g = generator(rows)
-    down, up = (RandomMatrix(*shape, seed=1, scale=0.01) for shape in ((500, 3000), (3000, 500)))
-    sparse = RandomMatrix(3000, 3000, seed=2, family="sparse", fan_in=7)
-    x, gain = normals((rows, 3000), g).cuda(), normals((3000,), g).cuda().requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [4, 70, 300])
+def test_kernels_that_overlap_give_the_bits_of_those_that_do_not(rows, dtype):
+    """Each reads what the one before has just written, in memory that earlier ones have just read.
 
-    def network():
+    Inputs take turns, so that what is left of the run before is wrong.
+    """
+    g = generator(rows)
+    matrices = [RandomMatrix(500, 2000, seed=1, family=family, scale=0.01) for family in FAMILIES]
+    sparse = RandomMatrix(2000, 2000, seed=2, family="sparse", fan_in=7)
+    decoder = RandomMatrix(10, 2000, seed=3, scale=0.01)
+    gains, fly_gain = (normals((T, 2000), g).cuda().requires_grad_() for _ in range(2))
+    context = torch.randint(T, (rows,), generator=g).cuda()
+    inputs = [normals((rows, 2000), g, dtype).cuda() for _ in range(3)]
+
+    def network(x):
         y = x
-        for _ in range(5):
-            y = torch.relu(modulated_linear(y, down, in_gain=gain))
-            y = sparse_project(modulated_linear(y, up), sparse)
-        return y.detach(), *torch.autograd.grad(y, gain, x)
+        for matrix in matrices:
+            y = torch.relu(modulated_linear(y, matrix, in_gain=gains, context=context))
+            y = sparse_project(modulated_linear(y, matrix.T), sparse)
+        logits = flynet(y, sparse, decoder, gain=fly_gain, context=context)
+        return logits.detach(), *torch.autograd.grad(logits, (gains, fly_gain), torch.ones_like(logits))
 
     with nmkern.use_backend("cuda"):
         cuda.set_overlap(False)
         try:
-            want = network()
+            wanted = [network(x) for x in inputs]
         finally:
             cuda.set_overlap(True)
-        assert want[0].abs().max() > 0 and want[1].abs().max() > 0
-        for _ in range(20):
-            assert all(torch.equal(a, b) for a, b in zip(network(), want, strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(wanted[0], wanted[1], strict=True))
+        for turn in range(30):
+            found = network(inputs[turn % 3])
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted[turn % 3], strict=True)), turn
+        x = inputs[0].clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = network()
-        for _ in range(20):
+            captured = network(x)
+        for turn in range(30):
+            x.copy_(inputs[turn % 3])
             graph.replay()
-            assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(captured, wanted[turn % 3], strict=True)), turn
+
+
+@pytest.mark.cuda_library
+def test_kernels_that_overlap_wait_for_other_streams():
+    """Where two streams meet, in eager calls and in a graph."""
+    g = generator(1)
+    down, up = (RandomMatrix(*shape, seed=1, scale=0.01) for shape in ((500, 2000), (2000, 500)))
+    inputs = [normals((4, 2000), g).cuda() for _ in range(3)]
+    side = torch.cuda.Stream()
+
+    def network(x):
+        y = modulated_linear(x, down)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            left = modulated_linear(modulated_linear(y, up), down)
+        right = modulated_linear(modulated_linear(-y, up), down)
+        torch.cuda.current_stream().wait_stream(side)
+        return modulated_linear(left - 2 * right, up)
+
+    with nmkern.use_backend("cuda"):
+        cuda.set_overlap(False)
+        try:
+            wanted = [network(x) for x in inputs]
+        finally:
+            cuda.set_overlap(True)
+        assert all(torch.equal(network(inputs[turn % 3]), wanted[turn % 3]) for turn in range(30))
+        x = inputs[0].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = network(x)
+        for turn in range(30):
+            x.copy_(inputs[turn % 3])
+            graph.replay()
+            assert torch.equal(captured, wanted[turn % 3]), turn
 
 
 def test_a_context_out_of_range_reads_the_nearest_row(dense_backend):

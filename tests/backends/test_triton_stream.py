@@ -128,9 +128,9 @@ def test_pairs_of_fields(family, dtype):
     pair_kernel[(1,)](as_int32(words), out, family.tag, mantissa, half, BLOCK=len(words))
     found = out.cpu().view(dtype).view(len(words), half, 2).double()
     if family is stream.UNIFORM:
-        factor = torch.tensor([1, 1 / 16], dtype=torch.float64).repeat(half // 2)[:, None]
-        largest = 2.0**127 if dtype == torch.bfloat16 else 2.0**15
-        found = largest * factor * found * device.code_scale(family.tag, DTYPES[dtype]) - 15
+        factors = [device.level_factor(upper, DTYPES[dtype]) for upper in (False, True)]
+        factor = torch.tensor(factors, dtype=torch.float64).repeat(half // 2)[:, None]
+        found = factor * found * device.code_scale(family.tag, DTYPES[dtype]) - 15
     shifts = np.arange(0, 32, family.bits, dtype=np.uint32)
     fields = (words[:, None] >> shifts) & np.uint32(2**family.bits - 1)
     want = torch.from_numpy(stream.decode(family.name, fields)).view(len(words), 2, half).transpose(1, 2)

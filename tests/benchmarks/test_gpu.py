@@ -107,12 +107,11 @@ def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(m
     wanted = [(m, "triton") for m in (*border, 2048, 2048)]
     for way in ("mma.sync", *["wgmma"] * wide):
         wanted += [(m, f"cuda ({way})") for m in border]
-    wanted += [(m, "cuda (serial)") for m in (1, 1, 16, 16)]
-    for name in ("triton", "cuda (serial)"):
+    wanted += wide * [(m, "cuda (serial)") for m in (1, 1, 16, 16)]
+    for name in ("triton", *wide * ["cuda (serial)"]):
         wanted += [(what, name) for what in ("projection", "projection", "flynet")]
     assert seen == wanted
-    no_overlap = [False, True]
-    assert ways == 8 * [2**20, None] + wide * 8 * [0, None] + 4 * no_overlap + 3 * no_overlap
+    assert ways == 8 * [2**20, None] + wide * (8 * [0, None] + 7 * [False, True])
     assert selection.forced_backend() == before and report.by is None
 
 

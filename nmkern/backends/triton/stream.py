@@ -90,7 +90,8 @@ def pair_of_fields(word, f, TAG: tl.constexpr, MANTISSA: tl.constexpr):
     serves both. rademacher: a shift, and an and-xor that sets the sign of 1.0. uniform: an and, and a shift
     for two pairs; alone, the lowest eight bits of such a float (MANTISSA bits: 7 in bfloat16, 10 in float16)
     are an integer in units of the smallest subnormal number, which ``_level`` turns into a code. It takes 0.4
-    (sm_90) and 0.7 (sm_80) instructions a weight less than 2^MANTISSA + 2u and a subtraction, at 16 rows.
+    (sm_90) and 0.7 (sm_80) instructions a weight less than 2^MANTISSA + 2u and a subtraction, in bfloat16 at
+    16 rows.
     """
     if TAG == RADEMACHER:
         ONE: tl.constexpr = 0x3F803F80 if MANTISSA == 7 else 0x3C003C00
@@ -110,15 +111,22 @@ def code_scale(tag, dtype):
     return 2.0**7 if dtype == tl.bfloat16 else 2.0**10
 
 
+@triton.constexpr_function
+def level_factor(upper, dtype):
+    """What ``_level`` multiplies uniform's lower and upper fields of a byte by: 2, over the scale, for each u."""
+    return (2.0**127 if dtype == tl.bfloat16 else 2.0**15) / (16 if upper else 1)
+
+
 @triton.jit
 def _level(field, f, TAG: tl.constexpr, DTYPE: tl.constexpr):
     """The code of uniform's field f, which is in the bits of ``field`` as ``pair_of_fields`` leaves it.
 
-    Without a rounding: u or 16 u smallest subnormals, times a power of two, less 7.5 of what u has become.
+    Without a rounding: u or 16 u smallest subnormals, times a power of two, less 15 over the scale.
     """
-    LARGE: tl.constexpr = 2.0**127 if DTYPE == tl.bfloat16 else 2.0**15
+    LOWER: tl.constexpr = level_factor(False, DTYPE)
+    UPPER: tl.constexpr = level_factor(True, DTYPE)
     OFFSET: tl.constexpr = 15 / code_scale(TAG, DTYPE)
-    factor, field = tl.broadcast(tl.where(f % 2 == 0, LARGE, LARGE / 16).to(DTYPE), field)
+    factor, field = tl.broadcast(tl.where(f % 2 == 0, LOWER, UPPER).to(DTYPE), field)
     return tl.fma(field, factor, tl.full(field.shape, -OFFSET, DTYPE))
 
 
