@@ -113,7 +113,7 @@ def code_scale(tag, dtype):
 
 @triton.constexpr_function
 def level_factor(upper, dtype):
-    """What ``_level`` multiplies uniform's lower and upper fields of a byte by: 2, over the scale, for each u."""
+    """What ``_level`` multiplies uniform's lower and upper fields of a byte by."""
     return (2.0**127 if dtype == tl.bfloat16 else 2.0**15) / (16 if upper else 1)
 
 
