@@ -135,6 +135,9 @@ class CudaClock:
     it longer (some 150 us) than the host needs to issue what follows, and leaves nothing else in the cache
     (50 MiB on an H100). Reads, because written lines would be written back in the next call's time.
     Variants bring several copies of operands that are larger than the cache.
+
+    Calls in a graph follow each other at once. On Hopper the first kernel of one of ours may begin while the
+    last of the one before ends, as in a chain of our layers, not after another library's kernel.
     """
 
     def __init__(self) -> None:
