@@ -126,14 +126,39 @@ def test_repeats_give_the_same_bits(dense_backend):
     assert all(torch.equal(modulated_linear(x, matrix), first) for _ in range(5))
 
 
+def check_overlap(network, inputs):
+    """Of network(x), a tuple: the same bits as without overlap, in eager calls and in a graph.
+
+    Inputs take turns, so that what is left of the run before is wrong.
+    """
+
+    def agree(found, turn):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted[turn % len(inputs)], strict=True)), turn
+
+    with nmkern.use_backend("cuda"):
+        cuda.set_overlap(False)
+        try:
+            wanted = [network(x) for x in inputs]
+        finally:
+            cuda.set_overlap(True)
+        assert not any(torch.equal(a, b) for a, b in zip(wanted[0], wanted[1], strict=True))
+        for turn in range(30):
+            agree(network(inputs[turn % len(inputs)]), turn)
+        x = inputs[0].clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = network(x)
+        for turn in range(30):
+            x.copy_(inputs[turn % len(inputs)])
+            graph.replay()
+            agree(captured, turn)
+
+
 @pytest.mark.cuda_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [4, 70, 300])
 def test_kernels_that_overlap_give_the_bits_of_those_that_do_not(rows, dtype):
-    """Each reads what the one before has just written, in memory that earlier ones have just read.
-
-    Inputs take turns, so that what is left of the run before is wrong.
-    """
+    """Each reads what the one before has just written, in memory that earlier ones have just read."""
     g = generator(rows)
     matrices = [RandomMatrix(500, 2000, seed=1, family=family, scale=0.01) for family in FAMILIES]
     sparse = RandomMatrix(2000, 2000, seed=2, family="sparse", fan_in=7)
@@ -150,29 +175,12 @@ def test_kernels_that_overlap_give_the_bits_of_those_that_do_not(rows, dtype):
         logits = flynet(y, sparse, decoder, gain=fly_gain, context=context)
         return logits.detach(), *torch.autograd.grad(logits, (gains, fly_gain), torch.ones_like(logits))
 
-    with nmkern.use_backend("cuda"):
-        cuda.set_overlap(False)
-        try:
-            wanted = [network(x) for x in inputs]
-        finally:
-            cuda.set_overlap(True)
-        assert not any(torch.equal(a, b) for a, b in zip(wanted[0], wanted[1], strict=True))
-        for turn in range(30):
-            found = network(inputs[turn % 3])
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted[turn % 3], strict=True)), turn
-        x = inputs[0].clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = network(x)
-        for turn in range(30):
-            x.copy_(inputs[turn % 3])
-            graph.replay()
-            assert all(torch.equal(a, b) for a, b in zip(captured, wanted[turn % 3], strict=True)), turn
+    check_overlap(network, inputs)
 
 
 @pytest.mark.cuda_library
 def test_kernels_that_overlap_wait_for_other_streams():
-    """Where two streams meet, in eager calls and in a graph."""
+    """Where two streams meet."""
     g = generator(1)
     down, up = (RandomMatrix(*shape, seed=1, scale=0.01) for shape in ((500, 2000), (2000, 500)))
     inputs = [normals((4, 2000), g).cuda() for _ in range(3)]
@@ -185,23 +193,9 @@ def test_kernels_that_overlap_wait_for_other_streams():
             left = modulated_linear(modulated_linear(y, up), down)
         right = modulated_linear(modulated_linear(-y, up), down)
         torch.cuda.current_stream().wait_stream(side)
-        return modulated_linear(left - 2 * right, up)
+        return (modulated_linear(left - 2 * right, up),)
 
-    with nmkern.use_backend("cuda"):
-        cuda.set_overlap(False)
-        try:
-            wanted = [network(x) for x in inputs]
-        finally:
-            cuda.set_overlap(True)
-        assert all(torch.equal(network(inputs[turn % 3]), wanted[turn % 3]) for turn in range(30))
-        x = inputs[0].clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = network(x)
-        for turn in range(30):
-            x.copy_(inputs[turn % 3])
-            graph.replay()
-            assert torch.equal(captured, wanted[turn % 3]), turn
+    check_overlap(network, inputs)
 
 
 def test_a_context_out_of_range_reads_the_nearest_row(dense_backend):
