@@ -70,20 +70,20 @@ def target(m: int, family: str, dtype: torch.dtype) -> float | None:
 @contextlib.contextmanager
 def forced(report: Report, backend: str, way: str | None = None) -> Iterator[None]:
     """One backend; of cuda one kernel for any number of rows (mma.sync, wgmma), or no overlap (serial)."""
+    switch, on, off = {
+        None: (lambda _: None, None, None),
+        "mma.sync": (cuda.set_small_rows, 2**20, None),
+        "wgmma": (cuda.set_small_rows, 0, None),
+        "serial": (cuda.set_overlap, False, True),
+    }[way]
     with use_backend(backend):
         report.by = f"{backend} ({way})" if way else backend
+        switch(on)
         try:
-            if way == "serial":
-                cuda.set_overlap(False)
-            elif way is not None:
-                cuda.set_small_rows({"mma.sync": 2**20, "wgmma": 0}[way])
             yield
         finally:
+            switch(off)
             report.by = None
-            if way == "serial":
-                cuda.set_overlap(True)
-            elif way is not None:
-                cuda.set_small_rows(None)
 
 
 def by(report: Report, backend: str, rows: Iterator[Row], way: str | None = None) -> Iterator[Row]:

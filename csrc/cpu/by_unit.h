@@ -129,10 +129,7 @@ struct ByUnit : Product {
       t.reduction_words = std::min(words, reduction_words - begin);
       t.more = begin > 0;
       for (int64_t tile = 0; tile < count; ++tile) {
-        const uint32_t word = output_word(first + tile);
-        const bool neighbour = t.x == x && word == t.output_word + uint32_t(k.lanes);
-        t.ready = neighbour ? std::min<int64_t>(kTileWords, reduction_words) : 0;
-        t.output_word = word;
+        t.output_word = output_word(first + tile);
         t.x = x;
         t.sums = sums + tile * tile_sums;
         k.matrix_unit->run(t);

@@ -53,7 +53,7 @@ struct Tile {
   float* sums;
   void* scratch;  // scratch_bytes, 64-byte aligned
   // Kernels::words_bytes, 64-byte aligned, kept between the calls for neighbouring tiles, and how many of this
-  // tile's first words the call before has put there.
+  // tile's first words the call before has put there (a MatrixUnit makes its own).
   void* words;
   int64_t ready;
   // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch
