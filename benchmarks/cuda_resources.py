@@ -100,7 +100,7 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
             label = f"finish, {match[1]} {_BANKS[int(match[2])]}"
             row["loads_at_once"] = _loads_at_once(body)
         elif match := re.search(r"pack_(copy|row)_kernel", name):
-            label = "pack, as it is" if match[1] == "copy" else "pack, 2 float16"
+            label = "pack, as it is" if match[1] == "copy" else "pack, float16"
         else:
             continue  # cuda_sparse_resources'
         rows[f"sm_{arch} {label}"] = row

@@ -101,10 +101,11 @@ class Expected:
         grads = torch.autograd.grad(y, list(leaves.values()), dy.double())
         return y.detach(), dict(zip(leaves, grads, strict=True))
 
-    def check(self, y: Tensor) -> None:
-        """One rounding to the dtype of the result, beyond those of the sums."""
+    def check(self, y: Tensor, rounded: float = 0.0) -> None:
+        """One rounding to the dtype of the result beyond the sums'; ``rounded``: one of x * in_gain too."""
         assert y.dtype == self.dtype
-        self._compare("y", y, self.y, self.magnitude, self.y.abs() * UNIT[y.dtype])
+        last = self.y.abs() * UNIT[y.dtype] + self.magnitude * rounded
+        self._compare("y", y, self.y, self.magnitude, last)
 
     def check_grads(self, grads: dict[str, Tensor]) -> None:
         assert grads.keys() == self.grads.keys()

@@ -285,9 +285,8 @@ template <class C, class Call>
 NMKERN_DEVICE float sum_scale(const Call& p, int64_t m) {
   constexpr float kScale = 1 / unit<C::Patch::kFamily, C::kOperand>();
   if constexpr (C::kScaled)
-    return p.row_scale[m] * kScale;
-  else
-    return kScale;
+    if (p.row_scale) return p.row_scale[m] * kScale;
+  return kScale;
 }
 
 // The sums of a lane: runs of consecutive outputs, four of them a store.

@@ -149,11 +149,10 @@ __global__ void __launch_bounds__(kPackThreads) pack_row_kernel(const Pack p) {
   pack_row(p, hopper, &largest);
 }
 
-int launch_pack(const Pack& pack, int parts, cudaStream_t stream) {
-  if (parts == 1)
-    return enqueue(pack_copy_kernel, uint32_t(ceil_div(pack.count(), kPackThreads)), kPackThreads, 0, stream,
-                   pack);
-  return enqueue(pack_row_kernel, uint32_t(pack.batch), kPackThreads, 0, stream, pack);
+int launch_pack(const Pack& pack, cudaStream_t stream) {
+  if (pack.scaled) return enqueue(pack_row_kernel, uint32_t(pack.batch), kPackThreads, 0, stream, pack);
+  return enqueue(pack_copy_kernel, uint32_t(ceil_div(pack.count(), kPackThreads)), kPackThreads, 0, stream,
+                 pack);
 }
 
 struct Launch {
@@ -170,7 +169,7 @@ struct Launch {
     if (const int error = multiprocessors(&blocks)) return error;
     return for_each_part<C>(call, scratch, [&](const WidePlan& plan) -> int {
       if (plan.packed)
-        if (const int error = launch_pack(plan.pack, C::kParts, stream)) return error;
+        if (const int error = launch_pack(plan.pack, stream)) return error;
       const uint32_t grid = uint32_t(std::min(plan.product.tiles, blocks));
       if (const int error = enqueue(kernel, grid, kWideThreads, C::kSharedBytes, stream, plan.product))
         return error;

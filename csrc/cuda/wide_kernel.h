@@ -17,9 +17,10 @@
 // of mma.sync's B as the 32 lanes of a warp hold it. So fragment.h says what lies where for both kernels, a
 // warp writes a core matrix at once, and no bank is met twice. TMA and cp.async cannot fill it: neighbours in
 // B are fields p and p + P / 2 of a word, two bytes each.
-// x that is a float32 enters as two float16: see pack_row. Its sums are taken in chains, as skinny_kernel.h
-// says. Invariant: as there, a sum's order follows from shapes: k16 steps upward, parts of an x from the
-// largest down within two of them, chains and splits upward. Which block takes a tile changes nothing.
+// x that is a float32 enters as two float16, whose sums are taken in chains, as skinny_kernel.h says; x of 16
+// bits times in_gain as one: see pack_row. Invariant: as there, a sum's order follows from shapes: k16 steps
+// upward, parts of an x from the largest down within two of them, chains and splits upward. Which block takes
+// a tile changes nothing.
 //
 // Written over a Machine, as skinny_block is: wide.cu has the device's, tests/native/wide_simulated.h one for
 // hosts that also watches what wgmma reads while it is in flight.
@@ -40,7 +41,7 @@ constexpr int kPackThreads = 256;
 struct WideProduct {
   const uint16_t* x;  // [parts, M, x_row_stride], rows of whole patches
   int64_t x_row_stride, x_part_stride;
-  const float* row_scale;  // [M]: what sums of two parts are multiplied by
+  const float* row_scale;  // [M]: what sums are multiplied by, or null
   RoundKeys keys;
   int64_t batch, reduction;  // M; elements of a row of x, a multiple of Patch::kReduction
   uint32_t reduction_patch;  // first counter of the reduction
@@ -58,8 +59,9 @@ struct WideConfig {
   static constexpr int kBatchTiles = batch_tiles;  // of 8 rows
   static constexpr Dtype kOperand = operand;       // what is multiplied
   static constexpr int kParts = parts;             // of an element of x
-  static constexpr bool kChains = parts > 1, kScaled = kChains;
-  static_assert(!kChains || (operand == Dtype::float16 && batch_tiles <= 8), "registers of two sets of sums");
+  static constexpr bool kChains = parts > 1;
+  static constexpr bool kScaled = operand == Dtype::float16;  // whether rows may be: see pack_row
+  static_assert(!kChains || (kScaled && batch_tiles <= 8), "registers of two sets of sums");
   static constexpr int kGroups = 1;  // patches of a lane beside each other
   static constexpr int kColumns = columns_per_word(family);
   // Four outputs a lane either way: two m64 tiles are what the registers have room for.
@@ -111,9 +113,11 @@ struct Pack {
   int64_t batch, reduction;  // M, K
   int64_t skip;              // elements of the first patch before x: zeros, as what follows it
   bool vectors;              // whether rows of x and in_gain can be read kPacked elements at a time
+  int parts;                 // that elements become
+  bool scaled;               // whether rows are: float16 of x times in_gain, or of float32; else x as it is
   uint16_t* to;              // [parts, M, row_stride]
   int64_t row_stride;        // a multiple of kPacked
-  float* row_scale;          // [M], with two parts
+  float* row_scale;          // [M], where they are
   NMKERN_HD int64_t count() const { return batch * (row_stride / kPacked); }
 };
 
@@ -161,12 +165,15 @@ NMKERN_DEVICE void packed_values(const Pack& p, const Machine& machine, int64_t 
   }
 }
 
-// A row of float32 as two float16 and a power of two: v = (first + second) * row_scale, but for what is
-// rounded: at most 2^-23 of v, or 2^-40 of the row's largest, which is scaled to [2^14, 2^15). float16 has 11
-// bits, and rounding to nearest leaves a signed rest of half its last place, so two hold 23 of the 24.
-// (Ootomo & Yokota 2022, doi:10.1177/10943420221090256, scale all rows alike.) Three bfloat16, which are
-// exact, take the tensor cores 1.5 times as long. A block of kPackThreads takes row block_x; `largest` is its
-// shared memory.
+// A row of float32 as one or two float16 and a power of two: v = (first + second) * row_scale, but for what
+// is rounded: at most 2^-11 of v by one, 2^-23 by two, or 2^-39 of the row's largest, which is scaled to
+// [2^14, 2^15). float16 has 11 bits, and rounding to nearest leaves a signed rest of half its last place, so
+// two hold 23 of the 24. (Ootomo & Yokota 2022, doi:10.1177/10943420221090256, scale all rows alike.) Three
+// bfloat16, which are exact, take the tensor cores 1.5 times as long as two.
+//
+// One is what x of 16 bits times in_gain becomes: a product with stored weights would round it to the dtype
+// of x, in float16 to the same 11 bits, in bfloat16 to 8, and take half the time that two take here. A block
+// of kPackThreads takes row block_x; `largest` is its shared memory.
 template <class Machine>
 NMKERN_DEVICE void pack_row(const Pack& p, Machine& machine, uint32_t* largest) {
   const int64_t m = machine.block_x();
@@ -198,15 +205,15 @@ NMKERN_DEVICE void pack_row(const Pack& p, Machine& machine, uint32_t* largest) 
     for (int i = 0; i < kPacked; ++i) {
       const float scaled = v[i] * scale;
       const uint16_t upper = half_of(scaled, Dtype::float16);
+      pair[0][i / 2] |= uint32_t{upper} << (i % 2 * 16);
+      if (p.parts == 1) continue;
       const float rest = scaled - float_of_half(upper, Dtype::float16);
       // What is not finite has no rest: the difference would be a NaN.
       const uint16_t lower = rest == rest ? half_of(rest, Dtype::float16) : 0;
-      pair[0][i / 2] |= uint32_t{upper} << (i % 2 * 16);
       pair[1][i / 2] |= uint32_t{lower} << (i % 2 * 16);
     }
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-      machine.store_packed(p.to + (part * p.batch + m) * p.row_stride + first, pair[part]);
+    machine.store_packed(p.to + m * p.row_stride + first, pair[0]);
+    if (p.parts == 2) machine.store_packed(p.to + (p.batch + m) * p.row_stride + first, pair[1]);
   }
 }
 

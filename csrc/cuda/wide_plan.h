@@ -47,7 +47,7 @@ WidePlan wide_plan_of(const Dense& call) {
 
   WidePlan plan{};
   WideProduct& p = plan.product;
-  plan.packed = C::kParts > 1 || !is_aligned(call, int(reduction_skip), Patch::kReduction);
+  plan.packed = !is_aligned(call, int(reduction_skip), Patch::kReduction);
   p.reduction = plan.packed ? ceil_div(reduction_skip + call.inputs(), C::kTurn) * C::kTurn : call.inputs();
   p.turns = ceil_div(p.reduction, C::kTurn);
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
@@ -60,11 +60,13 @@ WidePlan wide_plan_of(const Dense& call) {
                  call.inputs(),
                  reduction_skip,
                  in_vectors(call) && reduction_skip == 0,
+                 C::kParts,
+                 !is_operand(call),
                  nullptr,
                  p.reduction,
                  nullptr};
     plan.x_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
-    plan.row_scale_bytes = C::kParts > 1 ? aligned_up(4 * call.batch) : 0;
+    plan.row_scale_bytes = plan.pack.scaled ? aligned_up(4 * call.batch) : 0;
     p.x_row_stride = p.reduction;
     p.x_part_stride = call.batch * p.reduction;
   } else {
@@ -97,7 +99,7 @@ inline void place(WidePlan& plan, void* scratch) {
   if (plan.packed) {
     plan.pack.to = reinterpret_cast<uint16_t*>(at);
     plan.product.x = plan.pack.to;
-    plan.pack.row_scale = reinterpret_cast<float*>(at + plan.x_bytes);
+    if (plan.pack.scaled) plan.pack.row_scale = reinterpret_cast<float*>(at + plan.x_bytes);
     plan.product.row_scale = plan.pack.row_scale;
   }
   at += plan.pack_bytes();
@@ -150,8 +152,8 @@ inline Dense part_of(const Dense& call, int64_t first, int64_t rows) {
   return part;
 }
 
-// Calls use.template operator()<WideConfig>() with the one that serves a call: tiles of 32 to 128 rows of x
-// that is multiplied as it is, of 32 and 64 of other x.
+// Calls use.template operator()<WideConfig>() with the one that serves a call: tiles of 32 to 128 rows, of up
+// to 64 of float32.
 template <Family family, bool transposed, Dtype operand, int parts, class Use>
 auto with_wide_tiles(const Dense& call, const Use& use) {
   if (call.batch <= 32) return use.template operator()<WideConfig<family, transposed, 4, operand, parts>>();
@@ -162,9 +164,11 @@ auto with_wide_tiles(const Dense& call, const Use& use) {
 
 template <Family family, bool transposed, class Use>
 auto with_wide_operand(const Dense& call, const Use& use) {
-  if (!is_operand(call)) return with_wide_tiles<family, transposed, Dtype::float16, 2>(call, use);
-  return call.x.dtype == Dtype::float16 ? with_wide_tiles<family, transposed, Dtype::float16, 1>(call, use)
-                                        : with_wide_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
+  if (call.x.dtype == Dtype::float32)
+    return with_wide_tiles<family, transposed, Dtype::float16, 2>(call, use);
+  return call.x.dtype == Dtype::float16 || !is_operand(call)
+             ? with_wide_tiles<family, transposed, Dtype::float16, 1>(call, use)
+             : with_wide_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
 }
 
 template <Family family, class Use>

@@ -184,10 +184,19 @@ void check_extremes(const Execute& execute) {
   }
 }
 
-// The product of float32, value by value, and of its magnitudes: compare(y, exact, magnitude).
+// x, of numbers that the dtype holds exactly, and in_gain for all of its rows (or none).
+struct Inputs {
+  Dtype dtype;
+  Buffer<float> x, in_gain;
+};
+
+// The product value by value, and that of its magnitudes: compare(y, exact, magnitude).
 template <class Execute, class Compare>
-void check_float32(const Execute& execute, Family family, bool transposed, Buffer<float>& x, int64_t outputs,
-                   int64_t batch, const Compare& compare) {
+void check_values(const Execute& execute, Family family, bool transposed, Inputs& given, int64_t outputs,
+                  int64_t batch, const Compare& compare) {
+  const Buffer<float>& x = given.x;
+  Buffer<uint32_t> elements(x.size());
+  for (size_t i = 0; i < x.size(); ++i) store_exact(elements.data(), given.dtype, int64_t(i), x[i]);
   Dense call{};
   call.family = family;
   call.key = {5, 7};
@@ -197,7 +206,8 @@ void check_float32(const Execute& execute, Family family, bool transposed, Buffe
   call.factor = 1;
   call.batch = batch;
   call.most_scratch = 0;  // the reduction is not split
-  call.x = {x.data(), Dtype::float32, inputs, 1};
+  call.x = {elements.data(), given.dtype, inputs, 1};
+  if (given.in_gain.size()) call.in_gain = {given.in_gain.data(), 1};
   Buffer<float> y(batch * outputs, std::numeric_limits<float>::quiet_NaN());
   call.y = {y.data(), Dtype::float32, outputs, 1};
   execute(call);
@@ -207,7 +217,8 @@ void check_float32(const Execute& execute, Family family, bool transposed, Buffe
     for (int64_t m = 0; m < batch; ++m) {
       double exact = 0, magnitude = 0;
       for (int64_t k = 0; k < inputs; ++k) {
-        const double product = row[k] * x[m * inputs + k];
+        const double gain = given.in_gain.size() ? given.in_gain[k] : 1,
+                     product = row[k] * x[m * inputs + k] * gain;
         exact += product, magnitude += std::abs(product);
       }
       compare(double{y[m * outputs + n]}, exact, magnitude);
@@ -215,21 +226,38 @@ void check_float32(const Execute& execute, Family family, bool transposed, Buffe
   }
 }
 
-// float32 of any size in one row. With u = 2^-24, an element's parts are off by at most 2 u of it, or 2^-40
+// float32 of any size in one row. With u = 2^-24, an element's parts are off by at most 2 u of it, or 2^-39
 // of the row's largest, whose code may be 1 where the element's is 252; the three parts of a k16 step at most
 // make as many sums, each truncated and so off by 2 u of the magnitude; adding a chain and the factor are 2 u
 // more. Subnormal results are off by their last place.
 template <class Execute>
 void check_ranges(const Execute& execute, Family family, bool transposed, int64_t batch) {
   std::mt19937_64 random(6);
-  Buffer<float> x(batch * 13);
-  for (float& v : x)
+  Inputs given{Dtype::float32, Buffer<float>(batch * 13), {}};
+  for (float& v : given.x)
     v = std::ldexp(float(int64_t(random() % 0x1000000) - 0x800000), int(random() % 260) - 23 - 146);
   const int steps = transposed ? 1 : columns_per_word(family) / 4;  // 13 columns are in 4 patches
-  const double bound = (4 + 2 * 3 * steps) * 0x1p-24 + 13 * 252 * 0x1p-40;
-  check_float32(execute, family, transposed, x, 5, batch, [&](double y, double exact, double magnitude) {
+  const double bound = (4 + 2 * 3 * steps) * 0x1p-24 + 13 * 252 * 0x1p-39;
+  check_values(execute, family, transposed, given, 5, batch, [&](double y, double exact, double magnitude) {
     if (!(std::abs(y - exact) <= bound * magnitude + 0x1p-149))
       fail("a float32 row of many sizes: " + std::to_string(y) + " for " + std::to_string(exact));
+  });
+}
+
+// Elements of 16 bits times a gain, of many sizes in one row: such a product is rounded to float32, then to
+// 11 bits, which is u = 2^-11 of it; all else as above, in one sum of single parts.
+template <class Execute>
+void check_gained(const Execute& execute, Family family, bool transposed, Dtype dtype, int64_t batch) {
+  std::mt19937_64 random(7);
+  Inputs given{dtype, Buffer<float>(batch * 13), Buffer<float>(13)};
+  for (float& v : given.x) v = std::ldexp(float(int64_t(random() % 0x200) - 0x100), int(random() % 22) - 14);
+  for (float& v : given.in_gain)
+    v = std::ldexp(float(int64_t(random() % 0x1000000) - 0x800000), int(random() % 120) - 83);
+  const int steps = transposed ? 1 : columns_per_word(family) / 4;
+  const double bound = 0x1p-11 + (3 + 2 * steps) * 0x1p-24 + 13 * 252 * 0x1p-39;
+  check_values(execute, family, transposed, given, 5, batch, [&](double y, double exact, double magnitude) {
+    if (!(std::abs(y - exact) <= bound * magnitude))
+      fail("a row times its gain: " + std::to_string(y) + " for " + std::to_string(exact));
   });
 }
 
@@ -239,10 +267,10 @@ template <class Execute>
 void check_accuracy(const Execute& execute, Family family, bool transposed, int64_t batch) {
   std::mt19937 random(8);
   std::normal_distribution<float> normal;
-  Buffer<float> x(batch * 8192);
-  for (float& v : x) v = normal(random);
+  Inputs given{Dtype::float32, Buffer<float>(batch * 8192), {}};
+  for (float& v : given.x) v = normal(random);
   double error = 0, norm = 0;
-  check_float32(execute, family, transposed, x, 8, batch, [&](double y, double exact, double) {
+  check_values(execute, family, transposed, given, 8, batch, [&](double y, double exact, double) {
     error += (y - exact) * (y - exact), norm += exact * exact;
   });
   if (!(std::sqrt(error / norm) <= 2e-6))
@@ -316,7 +344,9 @@ int64_t check_large(const Execute& execute) {
       run({family, transposed, 0, 0, 160, 64, 65, Dtype::float32, true});  // vectors of x and in_gain
       run({family, transposed, 0, 0, 160, 64, 65, Dtype::float16, true});
       check_accuracy(execute, family, transposed, 65);
-      ++cases;
+      for (Dtype dtype : {Dtype::bfloat16, Dtype::float16})
+        check_gained(execute, family, transposed, dtype, 20);
+      cases += 3;
       run({family, transposed, 1, 9, 130, 33, 150, Dtype::bfloat16, true});  // a row of out_gain for each row
       run({family, transposed, 1, 9, 130, 33, 151, Dtype::bfloat16, true});  // in_gain by context
       for (Grad grad : {Grad::one, Grad::each, Grad::context})

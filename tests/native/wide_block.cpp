@@ -21,6 +21,7 @@ struct Simulate {
     std::snprintf(name, sizeof name, "%x %d %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
                   C::kBatchTiles, int(C::kOperand), C::kParts);
     kernels.insert(name);
+    if (C::kParts != (call.x.dtype == Dtype::float32 ? 2 : 1)) fail("tensor cores work more than they must");
     direct += wide_plan_of<C>(call).partial_bytes == 0;
     most_splits = std::max(most_splits, wide_plan_of<C>(call).splits);
     AlignedScratch scratch(wide_scratch_of<C>(call));

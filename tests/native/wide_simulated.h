@@ -191,9 +191,9 @@ void run_wide(const Dense& call, void* scratch) {
   std::memset(scratch, 0xFF, wide_scratch_of<C>(call));
   for_each_part<C>(call, scratch, [](const WidePlan& plan) {
     HopperBlock none(kWideThreads, 0, 0, 0);
-    for (int64_t at = 0; plan.packed && C::kParts == 1 && at < plan.pack.count(); ++at)
+    for (int64_t at = 0; plan.packed && !plan.pack.scaled && at < plan.pack.count(); ++at)
       pack_copy(plan.pack, HostHopper(none, 0), at);
-    for (uint32_t row = 0; C::kParts > 1 && row < plan.pack.batch; ++row)
+    for (uint32_t row = 0; plan.pack.scaled && row < plan.pack.batch; ++row)
       run_threads<HostHopper>(kPackThreads, 4, row, 0, 0, [&](HostHopper& lane, unsigned char* shared) {
         pack_row(plan.pack, lane, reinterpret_cast<uint32_t*>(shared));
       });
