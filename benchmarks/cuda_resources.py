@@ -209,7 +209,7 @@ def _shared() -> dict[tuple[str, ...], int]:
     """Shared memory of each product: asked for at the launch, so that a disassembly does not show it."""
     as_it_is = [(operand, "1") for operand in _OPERANDS]
     tiles = {
-        ("skinny", "Config"): {("1", "2", "4", "8"): as_it_is, ("1", "2", "4"): [("1", "3")]},
+        ("skinny", "Config"): {("1", "2", "4", "8"): as_it_is, ("1", "2", "4"): [("2", "2")]},
         ("wide", "WideConfig"): {("4", "8", "16"): as_it_is, ("4", "8"): [("2", "2")]},
     }
     kernels = {

@@ -1,6 +1,7 @@
 // The Machine of products on the device: the loads, stores and the table that they name through it.
 #pragma once
 
+#include "pack.h"
 #include "threads.h"
 
 namespace nmkern::cuda {
@@ -24,6 +25,17 @@ struct Warp : Threads {
       const uint2 v = *reinterpret_cast<const uint2*>(x);
       element[0][0] = v.x, element[0][1] = v.y;
     }
+  }
+
+  NMKERN_DEVICE void load_floats(const float* from, float (&value)[kPacked]) const {
+#pragma unroll
+    for (int i = 0; i < kPacked; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(from + i);
+      value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
+    }
+  }
+  NMKERN_DEVICE void store_packed(uint16_t* to, const uint32_t (&pair)[kPacked / 2]) const {
+    *reinterpret_cast<uint4*>(to) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
   }
 
   NMKERN_DEVICE void store(float* to, float a, float b, float c, float d) const {

@@ -1,6 +1,6 @@
 // The product for small batches: one warp generates 16-row tiles of W in A's registers, x is B.
 //
-//   partial[s, m, n] = sum over the k of split s: (x[m, k] * in_gain[c, k]) * code[n, k]
+//   partial[s, m, n] = sum over the k of split s: x[m, k] * code[n, k], with the x of pack.h
 //
 //   x -> stage_x -> shared memory, in the order of B's registers -> multiply -> partial -> finish.h -> y
 //
@@ -10,9 +10,7 @@
 // uniform 2.13 (2.21), normal 4.19 (4.14); of uniform's 2.13, the hash takes 0.67, decoding 1.13, mma.sync
 // 0.25, loads of x and the loop itself the rest. The integer unit takes two clocks for each of its own, 1.02
 // (1.14) of them: 2.05 (2.27) clocks. benchmarks/results/cuda_resources.json has all of them.
-// Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward). x of bfloat16 or
-// float16 is multiplied as it is; a float32 (such an x, or x * in_gain) enters as three bfloat16 that sum to
-// it exactly.
+// Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward).
 //
 // The block is written over a Machine (who am I, wait, multiply, load, store): skinny.cu has the device's,
 // tests/native/skinny_block.cpp one that runs the very same code on a host.
@@ -21,6 +19,7 @@
 #include <type_traits>
 
 #include "finish.h"
+#include "pack.h"
 
 namespace nmkern::cuda {
 
@@ -28,26 +27,20 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kLineBytes = 128;
 
-struct Product {
-  Matrix x;
-  Bank in_gain;
-  const int64_t* context;
-  bool aligned;  // x serves stage_x_aligned
+struct Product : Operand {
   RoundKeys keys;
-  int64_t batch, reduction;  // M, K
-  uint32_t reduction_patch;  // first counter of the reduction, and where in that patch it begins
-  int32_t reduction_skip;
-  uint32_t output_patch;  // first counter of the outputs
-  int64_t steps;          // of the whole reduction
-  int64_t split_steps;    // of a split, a multiple of Config::kUnroll
-  float* partial;         // [splits, M, partial_stride]; index 0 is the first output of a patch
+  uint32_t reduction_patch;  // first counter of the reduction
+  uint32_t output_patch;     // first counter of the outputs
+  int64_t steps;             // of the whole reduction
+  int64_t split_steps;       // of a split, a multiple of Config::kUnroll
+  float* partial;            // [splits, M, partial_stride]; index 0 is the first output of a patch
   int64_t partial_stride;
 };
 
 // k16 steps that tensor cores add up before the sum is added, rounded to nearest, to those of the steps
 // before: where x is a float32. Tensor cores truncate (Fasi et al. 2021, doi:10.7717/peerj-cs.330), so each
 // of a chain of T additions takes 0.7 * 2^-24 of the sum on average, and all of them T / 2 times that of the
-// last: 3e-5 at K = 8192 in three parts, fifteen times what float32 may be off by; 5e-7 in chains of 8 steps.
+// last: 2e-5 at K = 8192 in two parts, ten times what float32 may be off by; 5e-7 in chains of 8 steps.
 // Narrower x is rounded a hundred times as much anyway, as in cuBLAS, which sums in one chain too.
 constexpr int kChainDepths = 8;
 
@@ -73,7 +66,8 @@ struct Config {
   static constexpr int kBatchTiles = batch_tiles;  // of 8 rows
   static constexpr Dtype kOperand = operand;       // what is multiplied
   static constexpr int kParts = parts;             // of an element of x
-  static constexpr bool kChains = parts > 1, kScaled = false;
+  static constexpr bool kChains = parts > 1;
+  static constexpr bool kScaled = operand == Dtype::float16;  // whether rows may be: see pack_row
   using Patch = PatchLayout<family, transposed, fields_of<family, transposed>(batch_tiles, kChains)>;
   static constexpr int kSlices = transposed ? Patch::kColumns / Patch::kFields : 1;
   static constexpr int kGroups = groups_of<family, transposed>(batch_tiles, kChains);
@@ -90,6 +84,7 @@ struct Config {
   static constexpr int kStageBytes = parts == 1 || kTable ? 32 << 10 : 48 << 10;
   static constexpr int kSharedBytes = kTable ? kTableBytes : kStageBytes;
 
+  static constexpr int kStep = kQuadLanes * Patch::kReduction;  // reduction indices
   // Steps a turn of the loop: uniform transposed has few weights in a step, and takes 2.28 with one.
   static constexpr int kUnroll = transposed && family == Family::uniform ? 4 : 1;
   static constexpr int kStageSteps = kStageBytes / kStepBytes / kUnroll * kUnroll;
@@ -108,73 +103,17 @@ struct Config {
   }
 };
 
-// v as it is in the operand's dtype, or as bfloat16 parts that sum to it: the upper 8 bits of what is left,
-// by truncation, which overflows nowhere. What is not finite is its first part alone.
-template <Dtype kOperand, int parts>
-NMKERN_DEVICE void split_float(float v, uint32_t (&out)[parts]) {
-  if constexpr (parts == 1) {
-    out[0] = half_of(v, kOperand);
-  } else {
-    static_assert(kOperand == Dtype::bfloat16);
-    const bool finite = (bits_of(v) & 0x7F800000) != 0x7F800000;
-    if (!finite) v = float_of(v == v ? bits_of(v) : 0x7FC00000);
-#pragma unroll
-    for (int part = 0; part < parts; ++part) {
-      const uint32_t upper = bits_of(v) & 0xFFFF0000;
-      out[part] = upper >> 16;
-      v = finite ? v - float_of(upper) : 0.0f;
-    }
-  }
-}
-
-template <class Machine, class Call>
-NMKERN_DEVICE float input_value(const Call& p, int64_t m, int64_t k) {
-  if (m >= p.batch || k < 0 || k >= p.reduction) return 0.0f;
-  const float x = read_element(p.x, m, k);
-  if (!p.in_gain.data) return x;
-  return Machine::rounded_product(x, bank_value(p.in_gain, p.context, m, p.reduction, k));
-}
-
-// Steps [first, first + steps) of x into shared memory, as every lane's B registers.
+// Steps [first, first + steps) of x into shared memory, as every lane's B registers: a patch of a row is
+// loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that addresses are
+// sums: 17 instructions a patch (uniform, forward), 3 % of the loop's at 16 rows; with indices divided anew
+// for each it was 70.
 template <class C, class Machine>
 NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t batch_first, int64_t first,
                            int steps, unsigned char* shared) {
   using Patch = typename C::Patch;
-  for (int i = machine.thread(); i < steps * (C::kPairs / C::kParts) * kLanes; i += kThreads) {
-    const int lane = i % kLanes, tile = i / kLanes % C::kBatchTiles;
-    const int depth = i / (kLanes * C::kBatchTiles) % Patch::kDepth;
-    const int step = i / (kLanes * C::kBatchTiles * Patch::kDepth);
-    const int64_t m = batch_first + 8 * tile + b_col(lane);
-    const int64_t patch = (first + step) * kQuadLanes + place_of(lane);
-    const int64_t k = patch * Patch::kReduction - p.reduction_skip;
-    uint32_t value[2][2][C::kParts];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        split_float<C::kOperand>(input_value<Machine>(p, m, k + Patch::reduction(depth, h, e)), value[h][e]);
-#pragma unroll
-    for (int part = 0; part < C::kParts; ++part) {
-      const int pair = (depth * C::kBatchTiles + tile) * C::kParts + part;
-      uint32_t* to = reinterpret_cast<uint32_t*>(shared + C::x_offset(step, pair) + C::x_line(lane));
-      to[0] = value[0][0][part] | value[0][1][part] << 16;
-      to[1] = value[1][0][part] | value[1][1][part] << 16;
-    }
-  }
-}
-
-// The same for x that is multiplied as it is, with whole patches of it aligned to their size: a patch of a
-// row is loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that
-// addresses are sums: 17 instructions a patch (uniform, forward), 3 % of the loop's at 16 rows; with indices
-// divided anew for each it was 70, and stage_x has up to 240 for four elements, branches of all dtypes told.
-template <class C, class Machine>
-NMKERN_DEVICE void stage_x_aligned(const Product& p, const Machine& machine, int64_t batch_first,
-                                   int64_t first, int steps, unsigned char* shared) {
-  using Patch = typename C::Patch;
   constexpr int kPieces = Patch::kReduction / 4;
   constexpr int kTileWarps = C::kBatchTiles < kWarps ? C::kBatchTiles : kWarps;
   constexpr int kStride = kWarps / kTileWarps;  // steps that the block stages at once
-  constexpr int kStep = kQuadLanes * Patch::kReduction;
   // Turns that load at once; a patch of rademacher is four loads as it is.
   [[maybe_unused]] constexpr int kTurns = kPieces > 2 ? 1 : 4;
   const int warp = machine.thread() / kLanes, lane = machine.lane();
@@ -182,24 +121,28 @@ NMKERN_DEVICE void stage_x_aligned(const Product& p, const Machine& machine, int
   for (int tile = warp % kTileWarps; tile < C::kBatchTiles; tile += kTileWarps) {
     const int64_t m = batch_first + 8 * tile + b_col(lane);
     const int64_t k = ((first + warp / kTileWarps) * kQuadLanes + place_of(lane)) * Patch::kReduction;
-    const uint16_t* x = static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + k;
+    const uint16_t* x = p.x + m * p.x_row_stride + k;
     const int64_t left = m < p.batch && k < p.reduction ? p.reduction - k : 0;
-    const int64_t whole = (left + kStep - 1) / kStep;
+    const int64_t whole = (left + C::kStep - 1) / C::kStep;
     const int end = warp / kTileWarps + int(whole < steps ? whole : steps);  // the steps that x has
     unsigned char* to = shared + C::x_line(lane) + C::x_offset(warp / kTileWarps, 0);
 #pragma unroll kTurns
     for (int step = warp / kTileWarps; step < steps; step += kStride) {
-      uint32_t element[kPieces][2] = {};  // two elements each
-      if (step < end) machine.load_elements(x, element);
-      const auto half = [&](int index) { return element[index / 4][index / 2 % 2] >> (index % 2 * 16); };
 #pragma unroll
-      for (int depth = 0; depth < Patch::kDepth; ++depth) {
-        auto* pair = reinterpret_cast<uint32_t*>(to + C::x_offset(0, depth * C::kBatchTiles + tile));
+      for (int part = 0; part < C::kParts; ++part) {
+        uint32_t element[kPieces][2] = {};  // two elements each
+        if (step < end) machine.load_elements(x + part * p.x_part_stride, element);
+        const auto half = [&](int index) { return element[index / 4][index / 2 % 2] >> (index % 2 * 16); };
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          pair[h] = low_halves(half(Patch::reduction(depth, h, 0)), half(Patch::reduction(depth, h, 1)));
+        for (int depth = 0; depth < Patch::kDepth; ++depth) {
+          const int at = (depth * C::kBatchTiles + tile) * C::kParts + part;
+          auto* pair = reinterpret_cast<uint32_t*>(to + C::x_offset(0, at));
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            pair[h] = low_halves(half(Patch::reduction(depth, h, 0)), half(Patch::reduction(depth, h, 1)));
+        }
       }
-      x += kStride * kStep;
+      x += kStride * C::kStep;
       to += C::x_offset(kStride, 0);
     }
   }
@@ -337,6 +280,7 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
       fixed[group] = column_part(counter, p.keys);
     else
       fixed[group] = row_part(counter, p.keys);
+    machine.keep(fixed[group]);
   }
   float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
   if constexpr (C::kTable) stage_table<C::kOperand, kThreads>(machine, shared);
@@ -346,10 +290,7 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
     machine.wait();
     // What is left over of the last step is multiplied by zeros.
     const int whole_steps = (steps + C::kUnroll - 1) / C::kUnroll * C::kUnroll;
-    if (C::kParts == 1 && p.aligned)
-      stage_x_aligned<C>(p, machine, batch_first, first, whole_steps, shared);
-    else
-      stage_x<C>(p, machine, batch_first, first, whole_steps, shared);
+    stage_x<C>(p, machine, batch_first, first, whole_steps, shared);
     machine.wait();
     const uint32_t patch =
         p.reduction_patch + uint32_t(first) * kQuadLanes + uint32_t(place_of(machine.lane()));

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "dense.h"
 #include "gradient.h"
+#include "pack_plan.h"
 #include "skinny_kernel.h"
 
 namespace nmkern::cuda {
@@ -17,23 +17,21 @@ namespace nmkern::cuda {
 constexpr int64_t kBlocks = 264;
 constexpr int64_t kLeastReduction = 256;
 
-constexpr int64_t kAlignment = 64;  // bytes of what lies in scratch
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
-
 struct Plan {
   Product product;
+  Packing packing;
   Finish finish;
-  int64_t blocks_x, splits, blocks_z;
-  int64_t partial_bytes() const { return aligned_up(splits * product.batch * product.partial_stride * 4); }
-  int64_t scratch_bytes() const { return partial_bytes() + index_bytes(finish); }
+  int64_t blocks_x, splits, blocks_z, partial_bytes;
+  int64_t scratch_bytes() const { return packing.bytes() + partial_bytes + index_bytes(finish); }
 };
 
 // Where the plan's scratch lies, which is aligned to kAlignment.
-inline void place(Plan& plan, void* scratch) {
-  plan.product.partial = plan.finish.partial = static_cast<float*>(scratch);
-  plan.finish.index = static_cast<unsigned char*>(scratch) + plan.partial_bytes();
+inline void place(Plan& plan, const Dense& call, void* scratch) {
+  auto* at = static_cast<unsigned char*>(scratch);
+  static_cast<Operand&>(plan.product) = place(plan.packing, call, at);
+  at += plan.packing.bytes();
+  plan.product.partial = plan.finish.partial = reinterpret_cast<float*>(at);
+  plan.finish.index = at + plan.partial_bytes;
 }
 
 inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64_t skip) {
@@ -53,18 +51,6 @@ inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64
   return f;
 }
 
-// Whether x is multiplied as it is: it has the tensor cores' dtypes, and no gain that would make it a
-// float32.
-inline bool is_operand(const Dense& call) { return call.x.dtype != Dtype::float32 && !call.in_gain.data; }
-
-// Whether it is, in whole patches, each of a row aligned to its size.
-inline bool is_aligned(const Dense& call, int reduction_skip, int patch) {
-  const auto multiple = [&](int64_t elements) { return elements % std::min(patch, 8) == 0; };
-  return is_operand(call) && call.x.col_stride == 1 && reduction_skip == 0 && call.inputs() % patch == 0 &&
-         multiple(call.x.row_stride) &&
-         reinterpret_cast<uintptr_t>(call.x.data) % (2 * std::min(patch, 8)) == 0;
-}
-
 template <class C>
 Plan plan_of(const Dense& call) {
   using Patch = typename C::Patch;
@@ -72,30 +58,25 @@ Plan plan_of(const Dense& call) {
   const int64_t in = call.transposed ? call.row_offset : call.col_offset;
   const int64_t out = call.transposed ? call.col_offset : call.row_offset;
   const int64_t reduction_skip = in % Patch::kReduction, output_skip = out % kPatchOutputs;
-  const int64_t steps = ceil_div(ceil_div(reduction_skip + call.inputs(), Patch::kReduction), kQuadLanes);
+  const int64_t steps = ceil_div(reduction_skip + call.inputs(), C::kStep);
   const int64_t tiles = ceil_div(ceil_div(output_skip + call.outputs(), kPatchOutputs), C::kBlockPatches);
   const int64_t stride = tiles * C::kBlockOutputs;
 
   Plan plan{};
   plan.blocks_x = tiles * C::kSlices;
+  plan.packing = packing_of(call, C::kParts, reduction_skip, Patch::kReduction, C::kStep);
   plan.blocks_z = ceil_div(call.batch, 8 * C::kBatchTiles);
-  constexpr int64_t kLeastSteps = kLeastReduction / (kQuadLanes * Patch::kReduction);
+  constexpr int64_t kLeastSteps = kLeastReduction / C::kStep;
   const int64_t wanted = std::max<int64_t>(
       1, std::min({kBlocks / (plan.blocks_x * plan.blocks_z), steps / std::max<int64_t>(1, kLeastSteps),
-                   call.most_scratch / (4 * call.batch * stride)}));
+                   (call.most_scratch - plan.packing.most_bytes()) / (4 * call.batch * stride)}));
   const int64_t split_steps = ceil_div(ceil_div(steps, wanted), C::kUnroll) * C::kUnroll;
   plan.splits = ceil_div(steps, split_steps);
+  plan.partial_bytes = aligned_up(plan.splits * call.batch * stride * 4);
 
   Product& p = plan.product;
-  p.x = call.x;
-  p.in_gain = call.in_gain;
-  p.context = call.context;
-  p.aligned = is_aligned(call, int(reduction_skip), Patch::kReduction);
   p.keys = round_keys(call.key, call.family);
-  p.batch = call.batch;
-  p.reduction = call.inputs();
   p.reduction_patch = uint32_t(in / Patch::kReduction);
-  p.reduction_skip = int32_t(reduction_skip);
   p.output_patch = uint32_t(out / kPatchOutputs);
   p.steps = steps;
   p.split_steps = split_steps;
@@ -106,8 +87,7 @@ Plan plan_of(const Dense& call) {
 }
 
 // Calls use.template operator()<Config>() with the Config that serves a call. This is the table of kernels:
-// x that is multiplied as it is, in tiles of 8 to 64 rows; other x in three parts, of 8 to 32 rows, where
-// 64 would take more registers than there are.
+// tiles of 8 to 64 rows, of float32 up to 32, as 64 would take more registers than there are.
 template <Family family, bool transposed, Dtype operand, int parts, class Use>
 auto with_tiles(const Dense& call, const Use& use) {
   if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, operand, parts>>();
@@ -119,9 +99,10 @@ auto with_tiles(const Dense& call, const Use& use) {
 
 template <Family family, bool transposed, class Use>
 auto with_config(const Dense& call, const Use& use) {
-  if (!is_operand(call)) return with_tiles<family, transposed, Dtype::bfloat16, 3>(call, use);
-  return call.x.dtype == Dtype::float16 ? with_tiles<family, transposed, Dtype::float16, 1>(call, use)
-                                        : with_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
+  if (call.x.dtype == Dtype::float32) return with_tiles<family, transposed, Dtype::float16, 2>(call, use);
+  return call.x.dtype == Dtype::float16 || !is_operand(call)
+             ? with_tiles<family, transposed, Dtype::float16, 1>(call, use)
+             : with_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
 }
 
 template <class Use>

@@ -103,16 +103,6 @@ struct Hopper : Warp {
     const float4 v = *reinterpret_cast<const float4*>(from);
     value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
   }
-  NMKERN_DEVICE void load_floats(const float* from, float (&value)[kPacked]) const {
-#pragma unroll
-    for (int i = 0; i < kPacked; i += 4) {
-      const float4 v = *reinterpret_cast<const float4*>(from + i);
-      value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
-    }
-  }
-  NMKERN_DEVICE void store_packed(uint16_t* to, const uint32_t (&pair)[4]) const {
-    *reinterpret_cast<uint4*>(to) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
-  }
   NMKERN_DEVICE void store_outputs(const Matrix& y, int64_t m, int64_t n, const float (&v)[4]) const {
     const int64_t at = m * y.row_stride + n;
     if (y.dtype == Dtype::float32) {
@@ -135,26 +125,6 @@ __global__ void __launch_bounds__(kWideThreads, 1) wide_kernel(const __grid_cons
 #endif
 }
 
-__global__ void __launch_bounds__(kPackThreads) pack_copy_kernel(const Pack p) {
-  const Hopper hopper{};
-  hopper.await_previous();
-  const int64_t at = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
-  if (at < p.count()) pack_copy(p, hopper, at);
-}
-
-__global__ void __launch_bounds__(kPackThreads) pack_row_kernel(const Pack p) {
-  __shared__ uint32_t largest;
-  Hopper hopper;
-  hopper.await_previous();
-  pack_row(p, hopper, &largest);
-}
-
-int launch_pack(const Pack& pack, cudaStream_t stream) {
-  if (pack.scaled) return enqueue(pack_row_kernel, uint32_t(pack.batch), kPackThreads, 0, stream, pack);
-  return enqueue(pack_copy_kernel, uint32_t(ceil_div(pack.count(), kPackThreads)), kPackThreads, 0, stream,
-                 pack);
-}
-
 struct Launch {
   const Dense& call;
   void* scratch;
@@ -168,8 +138,8 @@ struct Launch {
     int64_t blocks = 0;
     if (const int error = multiprocessors(&blocks)) return error;
     return for_each_part<C>(call, scratch, [&](const WidePlan& plan) -> int {
-      if (plan.packed)
-        if (const int error = launch_pack(plan.pack, stream)) return error;
+      if (plan.packing.packed)
+        if (const int error = launch_pack(plan.packing.pack, stream)) return error;
       const uint32_t grid = uint32_t(std::min(plan.product.tiles, blocks));
       if (const int error = enqueue(kernel, grid, kWideThreads, C::kSharedBytes, stream, plan.product))
         return error;

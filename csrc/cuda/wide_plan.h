@@ -19,21 +19,10 @@ static_assert(kBatchRows <= kChunkRows, "the least part takes no index");
 
 struct WidePlan {
   WideProduct product;
-  Pack pack;
-  bool packed;
-  int64_t splits, x_bytes, row_scale_bytes, partial_bytes;
-  int64_t pack_bytes() const { return x_bytes + row_scale_bytes; }
-  int64_t scratch_bytes() const { return pack_bytes() + partial_bytes + index_bytes(product.finish); }
+  Packing packing;
+  int64_t splits, partial_bytes;
+  int64_t scratch_bytes() const { return packing.bytes() + partial_bytes + index_bytes(product.finish); }
 };
-
-// Whether rows of x and in_gain can be read kPacked elements, 16 bytes or twice 16, at a time.
-inline bool in_vectors(const Dense& call) {
-  const bool wide = call.x.dtype == Dtype::float32;
-  const bool x = call.x.col_stride == 1 && call.x.row_stride % (wide ? 4 : 8) == 0 &&
-                 reinterpret_cast<uintptr_t>(call.x.data) % 16 == 0;
-  return x && (!call.in_gain.data ||
-               (call.inputs() % 4 == 0 && reinterpret_cast<uintptr_t>(call.in_gain.data) % 16 == 0));
-}
 
 template <class C>
 WidePlan wide_plan_of(const Dense& call) {
@@ -47,43 +36,20 @@ WidePlan wide_plan_of(const Dense& call) {
 
   WidePlan plan{};
   WideProduct& p = plan.product;
-  plan.packed = !is_aligned(call, int(reduction_skip), Patch::kReduction);
-  p.reduction = plan.packed ? ceil_div(reduction_skip + call.inputs(), C::kTurn) * C::kTurn : call.inputs();
-  p.turns = ceil_div(p.reduction, C::kTurn);
+  plan.packing = packing_of(call, C::kParts, reduction_skip, Patch::kReduction, C::kTurn);
+  p.turns = ceil_div(reduction_skip + call.inputs(), C::kTurn);
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
-  if (plan.packed) {
-    plan.pack = {call.x,
-                 call.in_gain,
-                 call.context,
-                 call.batch,
-                 call.inputs(),
-                 reduction_skip,
-                 in_vectors(call) && reduction_skip == 0,
-                 C::kParts,
-                 !is_operand(call),
-                 nullptr,
-                 p.reduction,
-                 nullptr};
-    plan.x_bytes = aligned_up(C::kParts * call.batch * p.reduction * 2);
-    plan.row_scale_bytes = plan.pack.scaled ? aligned_up(4 * call.batch) : 0;
-    p.x_row_stride = p.reduction;
-    p.x_part_stride = call.batch * p.reduction;
-  } else {
-    p.x = static_cast<const uint16_t*>(call.x.data);
-    p.x_row_stride = call.x.row_stride;
-  }
   const int64_t left =
-      call.most_scratch - plan.pack_bytes() - index_bytes(finish_of(call, 1, stride, output_skip));
+      call.most_scratch - plan.packing.most_bytes() - index_bytes(finish_of(call, 1, stride, output_skip));
   const int64_t wanted =
       std::max<int64_t>(1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
-                                     p.reduction / std::max<int64_t>(C::kTurn, kWideLeastReduction),
+                                     p.turns * C::kTurn / std::max<int64_t>(C::kTurn, kWideLeastReduction),
                                      left / aligned_up(4 * call.batch * stride)}));
   p.split_turns = ceil_div(p.turns, wanted);
   plan.splits = ceil_div(p.turns, p.split_turns);
   p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
   p.keys = round_keys(call.key, call.family);
-  p.batch = call.batch;
   p.reduction_patch = uint32_t(in / Patch::kReduction);
   p.output_patch = uint32_t(out / C::kPatchOutputs);
   p.partial_stride = stride;
@@ -94,15 +60,10 @@ WidePlan wide_plan_of(const Dense& call) {
 }
 
 // Where the plan's scratch lies.
-inline void place(WidePlan& plan, void* scratch) {
+inline void place(WidePlan& plan, const Dense& call, void* scratch) {
   auto* at = static_cast<unsigned char*>(scratch);
-  if (plan.packed) {
-    plan.pack.to = reinterpret_cast<uint16_t*>(at);
-    plan.product.x = plan.pack.to;
-    if (plan.pack.scaled) plan.pack.row_scale = reinterpret_cast<float*>(at + plan.x_bytes);
-    plan.product.row_scale = plan.pack.row_scale;
-  }
-  at += plan.pack_bytes();
+  static_cast<Operand&>(plan.product) = place(plan.packing, call, at);
+  at += plan.packing.bytes();
   if (plan.partial_bytes) {
     plan.product.partial = reinterpret_cast<float*>(at);
     plan.product.finish.partial = plan.product.partial;
@@ -121,7 +82,7 @@ int64_t wide_rows(const Dense& call) {
              indexed = gradient && gradient_of(finish) == Gradient::by_context;
   const int64_t index = indexed ? ceil_div(chunk_index_bytes(finish), kChunkRows) : 0;
   const int64_t sums = gradient || !in_fours(finish) ? plan.product.partial_stride * 4 : 0;
-  const int64_t bytes = plan.pack_bytes() / one.batch + sums + index;
+  const int64_t bytes = plan.packing.bytes() / one.batch + sums + index;
   if (bytes == 0) return call.batch;
   return std::min(call.batch, std::max(call.most_scratch / bytes / kBatchRows, int64_t{1}) * kBatchRows);
 }
@@ -202,8 +163,9 @@ template <class C, class Use>
 int for_each_part(const Dense& call, void* scratch, const Use& use) {
   const int64_t most = wide_rows<C>(call);
   for (int64_t first = 0; first < call.batch; first += most) {
-    WidePlan plan = wide_plan_of<C>(part_of(call, first, std::min(most, call.batch - first)));
-    place(plan, scratch);
+    const Dense part = part_of(call, first, std::min(most, call.batch - first));
+    WidePlan plan = wide_plan_of<C>(part);
+    place(plan, part, scratch);
     plan.product.finish.add = first > 0 && call.gain_grad.rows == 1;
     if (const int error = use(plan)) return error;
   }

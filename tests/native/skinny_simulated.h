@@ -71,6 +71,9 @@ struct HostLane : HostThread {
     std::memcpy(element, x, sizeof element);
   }
 
+  template <class Part>
+  void keep(const Part&) const {}
+
   template <Dtype kOperand>
   void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     WarpState& warp = block.states[thread_ / kLanes];
@@ -79,6 +82,15 @@ struct HostLane : HostThread {
     meet(block.warps[thread_ / kLanes], [&] { warp.multiply(kOperand); });
     for (int reg = 0; reg < 4; ++reg)
       c[reg] = truncated(double{c[reg]} + warp.product[c_row(lane(), reg)][c_col(lane(), reg)]);
+  }
+
+  void load_floats(const float* from, float (&value)[kPacked]) const {
+    if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load is not aligned");
+    std::memcpy(value, from, sizeof value);
+  }
+  void store_packed(uint16_t* to, const uint32_t (&pair)[kPacked / 2]) const {
+    if (reinterpret_cast<uintptr_t>(to) % 16) fail("a store is not aligned");
+    std::memcpy(to, pair, sizeof pair);
   }
 
   void store(float* to, float a, float b, float c, float d) const {
@@ -142,12 +154,25 @@ inline void run_finish(const Finish& f) {
     one ? finish_thread<1>(f, HostLane(none, 0), at) : finish_thread<kRowsAtOnce>(f, HostLane(none, 0), at);
 }
 
+// Packing, as launch_pack, where there is any.
+inline void run_pack(const Packing& packing) {
+  const Pack& p = packing.pack;
+  WarpBlock none(kPackThreads, 0, 0, 0);
+  for (int64_t at = 0; packing.packed && !p.scaled && at < p.count(); ++at)
+    pack_copy(p, HostLane(none, 0), at);
+  for (uint32_t row = 0; packing.packed && p.scaled && row < p.batch; ++row)
+    run_threads<HostLane>(kPackThreads, 4, row, 0, 0, [&](HostLane& lane, unsigned char* shared) {
+      pack_row(p, lane, reinterpret_cast<uint32_t*>(shared));
+    });
+}
+
 // The product of a call; `scratch` is aligned.
 template <class C>
 void run_product(const Dense& call, void* scratch) {
   Plan plan = plan_of<C>(call);
   std::memset(scratch, 0xFF, plan.scratch_bytes());
-  place(plan, scratch);
+  place(plan, call, scratch);
+  run_pack(plan.packing);
   for (uint32_t z = 0; z < plan.blocks_z; ++z)
     for (uint32_t y = 0; y < plan.splits; ++y)
       for (uint32_t x = 0; x < plan.blocks_x; ++x)

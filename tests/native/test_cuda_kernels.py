@@ -70,7 +70,7 @@ def build_for_gpu(folder, kernels):
     hopper = (major, minor) == (9, 0)
     arch = "90a" if hopper else f"{major}{minor}"
     target = f"arch=compute_{arch},code=sm_{arch}"
-    names = ("skinny", "wide", "finish", "device") if kernels == "dense" else (kernels, "device")
+    names = ("pack", "skinny", "wide", "finish", "device") if kernels == "dense" else (kernels, "device")
     sources = [HERE.parents[1] / f"csrc/cuda/{name}.cu" for name in names]
     flags = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo", "-cudart", "static", "-gencode", target]
     flags += [f'-DNMKERN_CUDA_ARCHS="{arch}"', *(["-DNMKERN_WIDE"] if hopper else [])]

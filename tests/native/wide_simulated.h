@@ -169,14 +169,6 @@ struct HostHopper : HostLane {
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load is not aligned");
     std::memcpy(value, from, sizeof value);
   }
-  void load_floats(const float* from, float (&value)[kPacked]) const {
-    if (reinterpret_cast<uintptr_t>(from) % 16) fail("a load is not aligned");
-    std::memcpy(value, from, sizeof value);
-  }
-  void store_packed(uint16_t* to, const uint32_t (&pair)[4]) const {
-    if (reinterpret_cast<uintptr_t>(to) % 16) fail("a store is not aligned");
-    std::memcpy(to, pair, sizeof pair);
-  }
   void store_outputs(const Matrix& y, int64_t m, int64_t n, const float (&v)[4]) const {
     const int64_t bytes = y.dtype == Dtype::float32 ? 16 : 8;
     const int64_t at = m * y.row_stride + n;
@@ -190,13 +182,7 @@ template <class C>
 void run_wide(const Dense& call, void* scratch) {
   std::memset(scratch, 0xFF, wide_scratch_of<C>(call));
   for_each_part<C>(call, scratch, [](const WidePlan& plan) {
-    HopperBlock none(kWideThreads, 0, 0, 0);
-    for (int64_t at = 0; plan.packed && !plan.pack.scaled && at < plan.pack.count(); ++at)
-      pack_copy(plan.pack, HostHopper(none, 0), at);
-    for (uint32_t row = 0; plan.pack.scaled && row < plan.pack.batch; ++row)
-      run_threads<HostHopper>(kPackThreads, 4, row, 0, 0, [&](HostHopper& lane, unsigned char* shared) {
-        pack_row(plan.pack, lane, reinterpret_cast<uint32_t*>(shared));
-      });
+    run_pack(plan.packing);
     for (uint32_t x = 0; x < std::min(plan.product.tiles, kSimulatedBlocks); ++x)
       run_threads<HostHopper>(
           kWideThreads, C::kSharedBytes, x, 0, 0,

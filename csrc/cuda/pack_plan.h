@@ -1,0 +1,76 @@
+// From a call to the Operand of its product: whether x is packed first, and where it lies then.
+//
+// Invariant: it follows from shapes, strides, dtypes and the alignment of addresses, never from the device.
+#pragma once
+
+#include <algorithm>
+
+#include "dense.h"
+#include "pack.h"
+
+namespace nmkern::cuda {
+
+constexpr int64_t kAlignment = 64;  // bytes of what lies in scratch
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+// Whether x is multiplied as it is: it has the tensor cores' dtypes, and no gain that would make it a
+// float32.
+inline bool is_operand(const Dense& call) { return call.x.dtype != Dtype::float32 && !call.in_gain.data; }
+
+// Whether it is, in whole patches, each of a row aligned to its size.
+inline bool is_aligned(const Dense& call, int64_t skip, int patch) {
+  const auto multiple = [&](int64_t elements) { return elements % std::min(patch, 8) == 0; };
+  return is_operand(call) && call.x.col_stride == 1 && skip == 0 && call.inputs() % patch == 0 &&
+         multiple(call.x.row_stride) &&
+         reinterpret_cast<uintptr_t>(call.x.data) % (2 * std::min(patch, 8)) == 0;
+}
+
+// Whether rows of x and in_gain can be read kPacked elements, 16 bytes or twice 16, at a time.
+inline bool in_vectors(const Dense& call) {
+  const bool wide = call.x.dtype == Dtype::float32;
+  const bool x = call.x.col_stride == 1 && call.x.row_stride % (wide ? 4 : 8) == 0 &&
+                 reinterpret_cast<uintptr_t>(call.x.data) % 16 == 0;
+  return x && (!call.in_gain.data ||
+               (call.inputs() % 4 == 0 && reinterpret_cast<uintptr_t>(call.in_gain.data) % 16 == 0));
+}
+
+struct Packing {
+  Pack pack;
+  bool packed;
+  // Of x and of its scales, were it packed: splits leave room for them whether it is or not, so that the same
+  // sums do not depend on where x lies.
+  int64_t x_bytes, row_scale_bytes;
+  int64_t most_bytes() const { return x_bytes + row_scale_bytes; }
+  int64_t bytes() const { return packed ? most_bytes() : 0; }
+};
+
+// `skip`: elements of the reduction's first patch, of `patch` elements, before x; a row that is packed has
+// whole steps of `step`.
+inline Packing packing_of(const Dense& call, int parts, int64_t skip, int patch, int64_t step) {
+  const int64_t row_stride = ceil_div(skip + call.inputs(), step) * step;
+  const bool scaled = !is_operand(call);
+  Packing packing{};
+  packing.packed = !is_aligned(call, skip, patch);
+  packing.x_bytes = aligned_up(parts * call.batch * row_stride * 2);
+  packing.row_scale_bytes = scaled ? aligned_up(4 * call.batch) : 0;
+  const bool vectors = in_vectors(call) && skip == 0;
+  packing.pack = {call.x,  call.in_gain, call.context, call.batch, call.inputs(), skip,
+                  vectors, parts,        scaled,       nullptr,    row_stride,    nullptr};
+  return packing;
+}
+
+// The product's x, packed into `scratch` where it is.
+inline Operand place(Packing& packing, const Dense& call, unsigned char* scratch) {
+  Pack& pack = packing.pack;
+  if (!packing.packed)
+    return {
+        static_cast<const uint16_t*>(call.x.data), call.x.row_stride, 0, nullptr, call.batch, call.inputs()};
+  pack.to = reinterpret_cast<uint16_t*>(scratch);
+  if (pack.scaled) pack.row_scale = reinterpret_cast<float*>(scratch + packing.x_bytes);
+  return {pack.to,        pack.row_stride, call.batch * pack.row_stride,
+          pack.row_scale, call.batch,      pack.row_stride};
+}
+
+}  // namespace nmkern::cuda
