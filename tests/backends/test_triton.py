@@ -212,7 +212,7 @@ def test_torchs_setting_for_float32_products_is_honoured(monkeypatch, precision)
     flynet.plan_of.cache_clear()
     for gained in (False, True):
         plan = flynet.plan_of((0x102, 0, 0, 0, 10), 64, 8, torch.float32, gained, precision == "tf32")
-        assert plan.constants["PARTS"] == parts
+        assert plan.logits.constants["PARTS"] == parts
     flynet.plan_of.cache_clear()
     seen = []
     monkeypatch.setattr(flynet, "plan_of", lambda *args: seen.append(args[-1]) or 1 / 0)
@@ -280,7 +280,7 @@ def test_a_plan_does_not_depend_on_values():
     assert small is launch._plan(args, 1, torch.bfloat16, False, False, False)
     assert small.splits == 16  # 16 blocks of 256 outputs: 256 programs on 132 multiprocessors
     large = launch._plan(args, 4096, torch.bfloat16, False, False, False)
-    assert (large.splits, large.grid) == (1, (64 * 16,))
+    assert (large.splits, large.grid) == (1, 64 * 16)
 
 
 @pytest.mark.parametrize("tag", configs.REDUCTION)

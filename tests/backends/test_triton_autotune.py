@@ -119,7 +119,7 @@ def test_the_split_does_not_depend_on_the_tile(monkeypatch, tag, transposed):
             tiles = configs.candidates(tag, transposed, rows, parts)
             plans = [launch._plan(*request, tile) for tile in tiles]
             assert launch._plan(*request).tile == plans[0].tile
-            assert len({(plan.splits, plan.numbers[8], plan.constants["BR"]) for plan in plans}) == 1
+            assert len({(plan.splits, plan.numbers[8], plan.product.constants["BR"]) for plan in plans}) == 1
     launch._plan.cache_clear()
 
 

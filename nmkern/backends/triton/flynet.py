@@ -28,6 +28,7 @@ from nmkern import stream
 from nmkern.backends.triton import launch, sparse
 from nmkern.backends.triton.dense import context_rows, dot, widen
 from nmkern.backends.triton.stream import code_scale, columns_per_word, decode, word_of_row, words
+from nmkern.backends.triton.variant import Variant
 
 # A step takes that many units (whole words of every family) and batch rows; the hidden tile is 8 registers a
 # thread: at 16, or with four draws read at once, variants spilled. Fixed, as the order of sums must be.
@@ -247,13 +248,13 @@ class Plan:
     """What the launches need that does not depend on tensors."""
 
     batch: int  # rows of a tile
-    warps: int
     m_blocks: int
     c_blocks: int
     steps: int  # over the units
     counters: tuple[int, ...]  # k0 and k1, then first counter and skip of classes and units
     table: torch.dtype
-    constants: dict[str, Any]
+    logits: Variant
+    gain_grad: Variant
 
 
 @functools.lru_cache(maxsize=1024)
@@ -275,18 +276,24 @@ def plan_of(
         "BC": block,
         "BU": UNITS,
         "BM": batch,
+        "num_warps": batch // 4,
+        "num_stages": 2,
+        "enable_fp_fusion": False,
     }
     counters = (*stream.key_of(seed % 2**64), c_first, c_skip, u_first, u_skip)
     return Plan(
         batch,
-        batch // 4,
         triton.cdiv(rows, batch),
         triton.cdiv(c_skip + classes, block),
         triton.cdiv(u_skip + hidden, UNITS),
         tuple(map(launch.signed32, counters)),
         operand,
-        constants,
+        Variant(logits_kernel, **constants),
+        Variant(gain_grad_kernel, **constants),
     )
+
+
+_MEAN = Variant(mean_kernel, BI=64, BM=_SMALL_BATCH, num_warps=4, enable_fp_fusion=False)
 
 
 def _encode(x: Tensor, encoder: tuple) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,10 +304,8 @@ def _encode(x: Tensor, encoder: tuple) -> tuple[Tensor, Tensor, Tensor]:
     across = x.t().contiguous()
     mean = x.new_empty(x.shape[0], dtype=torch.float32)
     rows = x.shape[0]
-    mean_kernel[(triton.cdiv(rows, _SMALL_BATCH),)](
-        *(across, counts, mean, factor, rows, inputs, hidden),
-        **{"BI": 64, "BM": _SMALL_BATCH, "num_warps": 4, "enable_fp_fusion": False},
-    )
+    programs = launch.cdiv(rows, _SMALL_BATCH)
+    _MEAN(programs, (across, counts, mean, factor), (rows, inputs, hidden))
     return across, columns, mean
 
 
@@ -311,41 +316,28 @@ def _sizes(x: Tensor, encoder: tuple, decoder: tuple) -> tuple[int, ...]:
 
 
 def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: Any) -> Tensor:
-    encoder, (*decoder, factor) = matrices[:8], matrices[8:]
+    encoder, decoder, factor = matrices[:8], matrices[8:-1], matrices[-1]
     rows, hidden, classes = x.shape[0], encoder[3], decoder[4]
     y = x.new_empty(rows, classes)
     if rows == 0:
         return y
-    plan = plan_of(tuple(decoder), hidden, rows, x.dtype, True, launch.may_use_tf32(x.dtype))
+    plan = plan_of(decoder, hidden, rows, x.dtype, True, launch.may_use_tf32(x.dtype))
     wanted = max(1, min(plan.steps, _PROGRAMS // (plan.m_blocks * plan.c_blocks)))
     wanted = max(1, min(wanted, launch.SCRATCH // (4 * rows * classes)))
-    chunk = triton.cdiv(plan.steps, wanted)
-    splits = triton.cdiv(plan.steps, chunk)
+    chunk = launch.cdiv(plan.steps, wanted)
+    splits = launch.cdiv(plan.steps, chunk)
     context = None if context is None else context.contiguous()
     with launch.on_device(x.device):
         across, columns, mean = _encode(x.resolve_neg(), encoder)
         partial = x.new_empty(splits, rows, classes, dtype=torch.float32)
-        logits_kernel[(plan.m_blocks * plan.c_blocks * splits,)](
-            across,
-            columns,
-            mean,
-            gain,
-            context,
-            partial,
-            launch.table_of(x.device, plan.table),
-            encoder[-1],
-            *_sizes(x, encoder, tuple(decoder)),
-            *plan.counters,
-            chunk,
-            plan.m_blocks,
-            plan.c_blocks,
-            gain.shape[0],
-            *launch.strides_of(gain),
-            BANK=gain.shape[0] > 1,
-            **plan.constants,
-            num_warps=plan.warps,
-            num_stages=2,
-            enable_fp_fusion=False,
+        contexts = gain.shape[0]
+        table = launch.table_of(x.device, plan.table)
+        blocks = (chunk, plan.m_blocks, plan.c_blocks)
+        plan.logits(
+            plan.m_blocks * plan.c_blocks * splits,
+            (across, columns, mean, gain, context, partial, table, encoder[-1]),
+            (*_sizes(x, encoder, decoder), *plan.counters, *blocks, contexts, *launch.strides_of(gain)),
+            BANK=contexts > 1,
         )
         launch.finish(partial, y, factor)
     return y
@@ -354,46 +346,32 @@ def flynet_logits(x: Tensor, gain: Tensor, context: Tensor | None, *matrices: An
 def flynet_gain_grad(
     x: Tensor, d_logits: Tensor, context: Tensor | None, contexts: int, *matrices: Any
 ) -> Tensor:
-    encoder, (*decoder, factor) = matrices[:8], matrices[8:]
+    encoder, decoder, factor = matrices[:8], matrices[8:-1], matrices[-1]
     rows, hidden = x.shape[0], encoder[3]
     if rows == 0:
         return x.new_zeros(contexts, hidden, dtype=torch.float32)
     tf32 = launch.may_use_tf32(d_logits.dtype)
-    plan = plan_of(tuple(decoder), hidden, rows, d_logits.dtype, False, tf32)
+    plan = plan_of(decoder, hidden, rows, d_logits.dtype, False, tf32)
     each = contexts > 1 and context is None
     starts = None
     # Rows of the batch that a program takes where it takes no context's.
     chunk = plan.batch
     if contexts == 1:
-        chunk *= triton.cdiv(plan.m_blocks, max(1, _PROGRAMS // plan.steps))
+        chunk *= launch.cdiv(plan.m_blocks, max(1, _PROGRAMS // plan.steps))
     with launch.on_device(x.device):
         x, d_logits = x.resolve_neg(), d_logits.resolve_neg()
         if contexts > 1 and context is not None:
             order, starts = launch.by_context(context, contexts)
             x, d_logits = x.index_select(0, order), d_logits.index_select(0, order)
-        segments = triton.cdiv(rows, chunk) if starts is None else contexts
+        segments = launch.cdiv(rows, chunk) if starts is None else contexts
         across, columns, mean = _encode(x, encoder)
         out = x.new_empty(rows if each else segments, hidden, dtype=torch.float32)
-        gain_grad_kernel[(plan.steps * segments,)](
-            across,
-            columns,
-            mean,
-            d_logits,
-            starts,
-            out,
-            launch.table_of(x.device, plan.table),
-            encoder[-1],
-            factor,
-            *_sizes(x, encoder, tuple(decoder)),
-            *plan.counters,
-            chunk,
-            plan.c_blocks,
-            segments,
-            *d_logits.stride(),
+        table = launch.table_of(x.device, plan.table)
+        blocks = (chunk, plan.c_blocks, segments)
+        plan.gain_grad(
+            plan.steps * segments,
+            (across, columns, mean, d_logits, starts, out, table, encoder[-1], factor),
+            (*_sizes(x, encoder, decoder), *plan.counters, *blocks, *d_logits.stride()),
             EACH=each,
-            **plan.constants,
-            num_warps=plan.warps,
-            num_stages=2,
-            enable_fp_fusion=False,
         )
         return out.sum(0, keepdim=True) if contexts == 1 and segments > 1 else out

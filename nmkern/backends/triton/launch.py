@@ -25,6 +25,7 @@ from torch import Tensor
 
 from nmkern import stream
 from nmkern.backends.triton import autotune, configs, dense
+from nmkern.backends.triton.variant import Variant
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -52,16 +53,21 @@ class Plan:
     reduction: int
     splits: int
     partial: bool  # whether sums go to scratch, for finish_kernel
-    grid: tuple[int]
+    grid: int
     # The kernel's arguments from N to o_blocks: outputs, reduction; k0 and k1; first counter and skip of
     # outputs and of the reduction; chunk, tiles, m_blocks, o_blocks.
     numbers: tuple[int, ...]
     parts: int  # that each value of x is prepared in; 0: x is read as it is
     steps: int
     table: torch.dtype
-    constants: dict[str, Any]  # and the launch's options
-    prepare: dict[str, Any]  # the same of prepare_kernel
+    product: Variant  # the kernels, with their constants and options
+    prepare: Variant
     prepared_bytes: int  # of a row of x
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; 0.2 us, where Triton's own function, which kernels may call, takes 4."""
+    return -(-a // b)
 
 
 def signed32(value: int) -> int:
@@ -127,11 +133,12 @@ def _plan(
     halves = (signed32(half) for half in key)
     numbers = (outputs, reduction, *halves, *places, chunk, steps, m_blocks, o_blocks)
     request = (matrix, batch, dtype, gained, banks, tf32)
-    grid = (m_blocks * o_blocks * splits,)
+    grid = m_blocks * o_blocks * splits
     partial = splits > 1 or (banks and batch > configs.BANK_ROWS)
     return Plan(
         *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand),
-        *(constants, prepare, steps * step * parts * operand.itemsize),
+        *(Variant(dense.product_kernel, **constants), Variant(dense.prepare_kernel, **prepare)),
+        steps * step * parts * operand.itemsize,
     )
 
 
@@ -208,22 +215,15 @@ def pieces(device: torch.device, batch: int) -> int:
 
 def _prepare(x, in_gain, context, plan: Plan) -> Tensor:
     """x times in_gain in the order and the dtype that the plan's product reads, ``[steps, parts, M, BR]``."""
-    rows, block = x.shape[0], plan.prepare["BM"]
-    prepared = x.new_empty(plan.steps, plan.parts, rows, plan.prepare["BR"], dtype=plan.table)
-    dense.prepare_kernel[(plan.steps * triton.cdiv(rows, block),)](
-        x,
-        in_gain,
-        context,
-        prepared,
-        rows,
-        plan.reduction,
-        plan.numbers[7],
-        plan.steps,
-        contexts_of(in_gain),
-        *x.stride(),
-        *strides_of(in_gain),
-        IN_BANK=contexts_of(in_gain) > 1,
-        **plan.prepare,
+    rows, constants = x.shape[0], plan.prepare.constants
+    prepared = x.new_empty(plan.steps, plan.parts, rows, constants["BR"], dtype=plan.table)
+    contexts = contexts_of(in_gain)
+    sizes = (rows, plan.reduction, plan.numbers[7], plan.steps, contexts)
+    plan.prepare(
+        plan.steps * cdiv(rows, constants["BM"]),
+        (x, in_gain, context, prepared),
+        (*sizes, *x.stride(), *strides_of(in_gain)),
+        IN_BANK=contexts > 1,
     )
     return prepared
 
@@ -233,27 +233,23 @@ def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, 
     rows, strides = x.shape[0], x.stride()
     if plan.parts:
         x, strides = _prepare(x, in_gain, context, plan), (0, 0)
-    tensors = (x, out_gain, bias, context, y, table_of(x.device, plan.table), factor, rows)
-    layout = (
-        *(contexts_of(out_gain), contexts_of(bias)),
-        *strides,
-        *strides_of(out_gain),
-        *strides_of(bias),
-        *(contexts_of(out_gain) > 1, contexts_of(bias) > 1),
-    )
+    device, contexts = x.device, (contexts_of(out_gain), contexts_of(bias))
+    values = (x, out_gain, bias, context, y, table_of(device, plan.table), factor)
+    layout = (*contexts, *strides, *strides_of(out_gain), *strides_of(bias))
 
     def launch(plan: Plan) -> None:
-        dense.product_kernel[plan.grid](
-            *tensors,
-            *plan.numbers,
-            *layout,
+        plan.product(
+            plan.grid,
+            values,
+            (rows, *plan.numbers, *layout),
+            OUT_BANK=contexts[0] > 1,
+            BIAS_BANK=contexts[1] > 1,
             PARTIAL=partial,
-            PIECES=pieces(x.device, plan.tile.batch),
-            **plan.constants,
+            PIECES=pieces(device, plan.tile.batch),
         )
 
-    if autotune.enabled(x.device):
-        plan = _tuned(plan, x.device, launch)
+    if autotune.enabled(device):
+        plan = _tuned(plan, device, launch)
     launch(plan)
 
 
@@ -262,6 +258,9 @@ def by_context(context: Tensor, contexts: int) -> tuple[Tensor, Tensor]:
     # A context out of range counts for the nearest, as kernels read it.
     key, order = context.clamp(0, contexts - 1).sort(stable=True)
     return order, torch.searchsorted(key, torch.arange(contexts + 1, device=context.device))
+
+
+_FINISH = Variant(dense.finish_kernel, BM=FINISH_ROWS, BN=FINISH_COLS, num_warps=4, enable_fp_fusion=False)
 
 
 def finish(
@@ -281,7 +280,7 @@ def finish(
     else it is returned, ``[contexts, outputs]``.
     """
     splits, rows, outputs = partial.shape
-    col_blocks, row_blocks = triton.cdiv(outputs, FINISH_COLS), triton.cdiv(rows, FINISH_ROWS)
+    col_blocks, row_blocks = cdiv(outputs, FINISH_COLS), cdiv(rows, FINISH_ROWS)
     order = starts = sums = None
     slices, segments = 1, row_blocks
     if other is not None and products is None:
@@ -291,50 +290,40 @@ def finish(
         if contexts > 1:
             assert context is not None
             order, starts = by_context(context, contexts)
-    dense.finish_kernel[(col_blocks * segments,)](
-        partial,
-        y,
-        out_gain,
-        bias,
-        other,
-        sums,
-        products,
-        context,
-        order,
-        starts,
-        factor,
-        rows,
-        outputs,
-        splits,
-        slices,
-        col_blocks,
-        contexts_of(out_gain),
-        contexts_of(bias),
-        *((0, 0) if other is None else other.stride()),
-        *strides_of(out_gain),
-        *strides_of(bias),
-        OUT_BANK=contexts_of(out_gain) > 1,
-        BIAS_BANK=contexts_of(bias) > 1,
-        BM=FINISH_ROWS,
-        BN=FINISH_COLS,
-        num_warps=4,
-        enable_fp_fusion=False,
+    banks = (contexts_of(out_gain), contexts_of(bias))
+    strides = (0, 0) if other is None else other.stride()
+    sizes = (rows, outputs, splits, slices, col_blocks)
+    _FINISH(
+        col_blocks * segments,
+        (partial, y, out_gain, bias, other, sums, products, context, order, starts, factor),
+        (*sizes, *banks, *strides, *strides_of(out_gain), *strides_of(bias)),
+        OUT_BANK=banks[0] > 1,
+        BIAS_BANK=banks[1] > 1,
     )
     if sums is None:
         return None
     return sums.sum(1) if slices > 1 else sums.squeeze(1)
 
 
-def _rows_of(bank: Tensor | None, context: Tensor | None, part: slice) -> Tensor | None:
+WHOLE = slice(None)  # a batch that is one part: nothing is cut, as a view takes 2 us
+
+
+def rows_of(tensor: Tensor, part: slice) -> Tensor:
+    return tensor if part is WHOLE else tensor[part]
+
+
+def _bank_of(bank: Tensor | None, context: Tensor | None, part: slice) -> Tensor | None:
     """The rows of a bank that serve a part of the batch: a bank with a row for each row is cut alike."""
     if bank is None or bank.shape[0] == 1 or context is not None:
         return bank
-    return bank[part]
+    return rows_of(bank, part)
 
 
 def parts(rows: int, *row_bytes: int) -> list[slice]:
     """The batch in parts whose scratch, of so many bytes a row, fits; multiples of 128 rows where several."""
     most = max(128, SCRATCH // max(1, *row_bytes) // 128 * 128)
+    if rows <= most:
+        return [WHOLE]
     return [slice(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
@@ -346,28 +335,24 @@ def modulated_matmul(
     context: Tensor | None,
     *matrix: Any,
 ) -> Tensor:
-    *view, factor = matrix
+    view, factor = matrix[:-1], matrix[-1]
     rows, outputs = x.shape[0], view[5] if view[6] else view[4]
     y = x.new_empty(rows, outputs)
     if rows == 0:
         return y
     x = x.resolve_neg()
     context = None if context is None else context.contiguous()
-    tf32 = may_use_tf32(x.dtype)
     banks = contexts_of(out_gain) > 1 or contexts_of(bias) > 1
-
-    def plan_of(rows: int) -> Plan:
-        return _plan(tuple(view), rows, x.dtype, in_gain is not None, banks, tf32)
-
-    plan = plan_of(rows)
+    request = (x.dtype, in_gain is not None, banks, may_use_tf32(x.dtype))
+    plan = _plan(view, rows, *request)
     with on_device(x.device):
         for part in parts(rows, plan.prepared_bytes, 4 * outputs if plan.partial else 0):
-            some, to = x[part], y[part]
-            in_rows, out_rows, bias_rows = (
-                _rows_of(bank, context, part) for bank in (in_gain, out_gain, bias)
-            )
-            selected = None if context is None else context[part]
-            plan = plan_of(some.shape[0])
+            some, to = rows_of(x, part), rows_of(y, part)
+            in_rows = _bank_of(in_gain, context, part)
+            out_rows, bias_rows = _bank_of(out_gain, context, part), _bank_of(bias, context, part)
+            selected = None if context is None else rows_of(context, part)
+            if part is not WHOLE:
+                plan = _plan(view, some.shape[0], *request)
             if plan.partial:
                 partial = x.new_empty(plan.splits, *to.shape, dtype=torch.float32)
                 _product(some, in_rows, None, None, selected, partial, plan, factor, partial=True)
@@ -387,7 +372,7 @@ def modulated_matmul_gain_grad(
     need_product: bool,
     *matrix: Any,
 ) -> tuple[Tensor, Tensor]:
-    *view, factor = matrix
+    view, factor = matrix[:-1], matrix[-1]
     rows, outputs = x.shape[0], view[5] if view[6] else view[4]
     product = x.new_empty(rows if need_product else 0, outputs)
     if rows == 0:
@@ -396,23 +381,22 @@ def modulated_matmul_gain_grad(
     context = None if context is None else context.contiguous()
     gain_grad = None
     each = x.new_empty(rows, outputs, dtype=torch.float32) if contexts > 1 and context is None else None
-    tf32 = may_use_tf32(x.dtype)
-
-    def plan_of(rows: int) -> Plan:
-        return _plan(tuple(view), rows, x.dtype, in_gain is not None, False, tf32)
-
+    request = (x.dtype, in_gain is not None, False, may_use_tf32(x.dtype))
+    plan = _plan(view, rows, *request)
     with on_device(x.device):
-        for part in parts(rows, plan_of(rows).prepared_bytes, 4 * outputs):
-            some = x[part]
-            plan = plan_of(some.shape[0])
-            selected = None if context is None else context[part]
+        for part in parts(rows, plan.prepared_bytes, 4 * outputs):
+            some = rows_of(x, part)
+            if part is not WHOLE:
+                plan = _plan(view, some.shape[0], *request)
+            selected = None if context is None else rows_of(context, part)
             partial = x.new_empty(plan.splits, some.shape[0], outputs, dtype=torch.float32)
-            gain = _rows_of(in_gain, context, part)
+            gain = _bank_of(in_gain, context, part)
             _product(some, gain, None, None, selected, partial, plan, factor, partial=True)
-            out_rows = _rows_of(out_gain, context, part) if need_product else None
-            to = product[part] if need_product else None
-            products = None if each is None else each[part]
-            found = finish(partial, to, factor, out_rows, None, selected, other[part], contexts, products)
+            out_rows = _bank_of(out_gain, context, part) if need_product else None
+            to = rows_of(product, part) if need_product else None
+            products = None if each is None else rows_of(each, part)
+            by = rows_of(other, part)
+            found = finish(partial, to, factor, out_rows, None, selected, by, contexts, products)
             if found is not None:
                 gain_grad = found if gain_grad is None else gain_grad.add_(found)
     result = gain_grad if each is None else each

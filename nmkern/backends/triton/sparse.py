@@ -24,6 +24,7 @@ from nmkern import stream
 from nmkern.backends.triton import launch
 from nmkern.backends.triton.dense import narrow, widen
 from nmkern.backends.triton.stream import SPARSE, philox4x32
+from nmkern.backends.triton.variant import Variant
 
 # Draws that are held at a time, but one row's at least: 8 MiB, and sorting them takes some 50 MiB.
 DRAWS = 2**21
@@ -230,6 +231,11 @@ def scatter_kernel(
         tl.store(total + place, sums, mask=valid)
 
 
+_DRAW = Variant(draw_kernel, num_warps=4)
+_GATHER = Variant(gather_kernel, BN=OUTPUTS, num_warps=4, enable_fp_fusion=False)
+_SCATTER = Variant(scatter_kernel, BN=OUTPUTS, num_warps=4, enable_fp_fusion=False)
+
+
 def tile_rows(lanes: int) -> int:
     """Rows of a tile of draw_kernel."""
     return max(1, _DRAW_TILE // lanes)
@@ -256,18 +262,14 @@ def draw(
     lanes = min(triton.next_power_of_2(fan_in), HELD)
     block = tile_rows(lanes)
     k0, k1 = stream.key_of(seed % 2**64)
-    draw_kernel[(triton.cdiv(rows, block),)](
-        columns,
-        counts,
-        *map(launch.signed32, (k0, k1, first_row, population - fan_in)),
-        shift_of(col_offset),
-        rows,
-        cols,
-        fan_in,
+    words = map(launch.signed32, (k0, k1, first_row, population - fan_in))
+    _DRAW(
+        launch.cdiv(rows, block),
+        (columns, counts),
+        (*words, shift_of(col_offset), rows, cols, fan_in),
         HELD=fan_in <= lanes,
         BR=block,
         BF=lanes,
-        num_warps=4,
     )
     return columns
 
@@ -283,33 +285,16 @@ def gatherable(x: Tensor) -> Tensor:
 def _blocks(outputs: int, batch: int) -> tuple[int, int, int]:
     """Programs, how many of them share outputs, and the batch rows of each."""
     rows = SMALL_BATCH if batch <= SMALL_BATCH else BATCH
-    m_blocks = triton.cdiv(batch, rows)
-    return triton.cdiv(outputs, OUTPUTS) * m_blocks, m_blocks, rows
+    m_blocks = launch.cdiv(batch, rows)
+    return launch.cdiv(outputs, OUTPUTS) * m_blocks, m_blocks, rows
 
 
 def _add_rows(x, columns, y, first: int, cols: int, shift: int, factor: float) -> None:
     """Launch gather_kernel: the outputs from ``first`` on of the rows that ``columns`` has."""
     fan_in, rows = columns.shape
     programs, m_blocks, tile = _blocks(rows, x.shape[0])
-    gather_kernel[(programs,)](
-        x,
-        columns,
-        y,
-        factor,
-        x.shape[0],
-        y.shape[1],
-        first,
-        rows,
-        cols,
-        fan_in,
-        shift,
-        m_blocks,
-        *x.stride(),
-        BN=OUTPUTS,
-        BM=tile,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    sizes = (*y.shape, first, rows, cols, fan_in, shift, m_blocks)
+    _GATHER(programs, (x, columns, y, factor), (*sizes, *x.stride()), BM=tile)
 
 
 def _add_columns(x, columns, edges, total, y, first: int, factor: float, add: bool, done: bool) -> None:
@@ -317,26 +302,9 @@ def _add_columns(x, columns, edges, total, y, first: int, factor: float, add: bo
     keys, order = columns.flatten().sort(stable=True)
     starts = torch.searchsorted(keys, edges, out_int32=True)
     programs, m_blocks, tile = _blocks(y.shape[1], x.shape[0])
-    scatter_kernel[(programs,)](
-        x,
-        starts,
-        order,
-        total,
-        y,
-        factor,
-        x.shape[0],
-        first,
-        columns.shape[1],
-        y.shape[1],
-        m_blocks,
-        *x.stride(),
-        ADD=add,
-        DONE=done,
-        BN=OUTPUTS,
-        BM=tile,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    sizes = (x.shape[0], first, columns.shape[1], y.shape[1], m_blocks)
+    values = (x, starts, order, total, y, factor)
+    _SCATTER(programs, values, (*sizes, *x.stride()), ADD=add, DONE=done, BM=tile)
 
 
 def sparse_matmul(
@@ -370,10 +338,10 @@ def sparse_matmul(
         edges = torch.arange(lowest, lowest + cols + 1, dtype=torch.int32, device=x.device)
         # Sums over several chunks are held in y itself where it is float32.
         own = len(chunks) > 1 and y.dtype != torch.float32
-        for part in launch.parts(x.shape[0], 4 * cols) if own else [slice(0, x.shape[0])]:
-            some = y[part]
-            total = torch.empty_like(some, dtype=torch.float32) if own else some
+        for part in launch.parts(x.shape[0], 4 * cols) if own else [launch.WHOLE]:
+            some, to = launch.rows_of(x, part), launch.rows_of(y, part)
+            total = torch.empty_like(to, dtype=torch.float32) if own else to
             for i, chunk in enumerate(chunks):
                 done = i == len(chunks) - 1
-                _add_columns(x[part], drawn(*chunk), edges, total, some, chunk[0], factor, i > 0, done)
+                _add_columns(some, drawn(*chunk), edges, total, to, chunk[0], factor, i > 0, done)
     return y
