@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import nmkern
+from nmkern.backends.triton import launch
 
 CHECKS = [
     "what_is_known_launches_what_triton_would",
@@ -36,3 +38,9 @@ def test_simulated(check, target):
         check=False,
     )
     assert done.stdout == "passed\n", done.stdout + done.stderr
+
+
+def test_a_device_that_is_current_is_not_made_so_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, switched in (("cuda:0", True), ("cuda:1", False), ("cpu", False)):
+        assert isinstance(launch.on_device(torch.device(name)), torch.cuda.device) == switched, name

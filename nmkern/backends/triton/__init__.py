@@ -57,8 +57,12 @@ def launcher(primitive: str) -> Callable[..., Any]:
     """What launches the kernels of a primitive; it is imported when first called."""
     module = f"nmkern.backends.triton.{_LAUNCHERS[primitive]}"
 
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), primitive)
+
     def call(*args):
-        return getattr(importlib.import_module(module), primitive)(*args)
+        return function()(*args)
 
     return call
 
