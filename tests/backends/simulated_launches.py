@@ -260,11 +260,20 @@ def check_what_is_not_compiled_or_to_be_watched_goes_to_triton(target):
 def check_of_another_triton_nothing_is_used_but_its_kernels(target):
     call = calls()["20 gained"]
     want = [seen(call) for _ in range(2)][1][0]
+    variant.RUNS, CompiledKernel.run = False, None  # another interface, or none
+    CompiledKernel.__getitem__ = lambda self, grid: partial(called, self, grid)
+    assert seen(call) == (want, 0)
+    CompiledKernel.run = property(lambda self: self._run)
     launch._plan.cache_clear()
     variant.native_specialize_impl = None
     launch._FINISH = variant.Variant(dense.finish_kernel, **launch._FINISH.constants)
     for _ in range(2):
         assert seen(call) == (want, len(want))
+
+
+def called(compiled, grid, *args, stream):
+    of = (*grid, stream)
+    launched.append(SimpleNamespace(kernel=compiled.name, function=compiled.function, of=of, args=args))
 
 
 def check_no_more_is_kept_than_said(target):

@@ -31,6 +31,9 @@ try:
 except ImportError:  # as before Triton 3.6
     native_specialize_impl = None
 
+# Whether ``CompiledKernel.run`` takes what it takes in every Triton from 3.6 to 3.9; of others nobody knows.
+RUNS = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+
 # Kernels that a variant keeps: for each matrix, batch and layout one, so that a bound is for those who
 # change them all the time. A new one costs what it did without.
 MOST = 1024
@@ -82,7 +85,7 @@ class Variant:
             return
         compiled, constants = known
         stream = driver.active.get_current_stream(device)
-        if _hooked():
+        if _hooked() or not RUNS:
             compiled[grid, 1, 1](*values, *integers, *constants, stream=stream)
         else:
             # What ``compiled[grid]`` does where there are no hooks, in 3.1 us instead of 6.7. What lies
