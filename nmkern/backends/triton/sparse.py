@@ -231,7 +231,7 @@ def scatter_kernel(
         tl.store(total + place, sums, mask=valid)
 
 
-_DRAW = Variant(draw_kernel, num_warps=4)
+_DRAW = Variant(draw_kernel, num_warps=4, enable_fp_fusion=False)
 _GATHER = Variant(gather_kernel, BN=OUTPUTS, num_warps=4, enable_fp_fusion=False)
 _SCATTER = Variant(scatter_kernel, BN=OUTPUTS, num_warps=4, enable_fp_fusion=False)
 
