@@ -25,6 +25,7 @@ from nmkern.backends.triton import configs, dense, flynet, launch, sparse
 _POINTERS = {
     *("x", "in_gain", "out_gain", "bias", "context", "y", "table", "partial", "other", "sums", "products"),
     *("columns", "counts", "starts", "order", "total", "mean", "gain", "d_logits", "out"),
+    "row_scale",
 }
 _WIDE = {"shift"}  # integers that pass 2^31
 _ALIGNED = {"N", "o_skip"}  # multiples of 16, as of most layers
@@ -121,15 +122,16 @@ def _compile_product(
     tile: configs.Tile | None = None,
 ):
     tag = stream.DENSE_FAMILIES[family].tag
-    split = (2 if tf32 else 3) if dtype == "float32" else 3 if gained else 1
-    parts = split if split > 1 or batch > configs.DIRECT_ROWS else 0
+    split = 2 if dtype == "float32" and not tf32 else 1
+    scaled = gained or dtype == "float32"
+    parts = split if scaled or batch > configs.DIRECT_ROWS else 0
     tile, step = tile or configs.tile_of(tag, transposed, batch, split), configs.REDUCTION[tag][transposed]
-    operand = "bfloat16" if split > 1 else dtype
+    operand = "float16" if scaled else dtype
     partial = batch <= configs.BANK_ROWS and not banks  # these are split, others modulate in the kernel
     given = {
         **dict.fromkeys(("OUT_BANK", "BIAS_BANK"), banks),
         **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "PARTS": parts},
-        **{"CHAINS": dtype == "float32", "DTYPE": _TYPES[operand], "FIELDS": tile.fields},
+        **{"CHAINS": split > 1, "DTYPE": _TYPES[operand], "FIELDS": tile.fields},
         **{"BO": tile.outputs, "BR": step},
         **{"BM": tile.batch, "WARPS": tile.warps, "PIECES": 2 if arch < 90 and tile.batch >= 64 else 1},
     }
@@ -142,23 +144,22 @@ def _compile_product(
         pointers |= {"out_gain": "*fp32", "bias": "*fp32"}
     if banks:
         pointers |= {"context": "*i64"}
+    if scaled:
+        pointers |= {"row_scale": "*fp32"}
     compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, tile.stages)
     return compiled, tile.outputs * step / (32 * tile.warps)
 
 
-def _prepare(dtype: str, parts: int, bank: bool = False):
-    tag = stream.UNIFORM.tag
-    given = {"stride_xr": 1, "stride_if": 1, "IN_BANK": bank, "TAG": tag, "TRANSPOSED": False, "PARTS": parts}
-    operand = "bfloat16" if parts > 1 else dtype
-    step = configs.REDUCTION[tag][False]
-    given |= {"DTYPE": _TYPES[operand], "BR": step, "BM": launch.PREPARED // step}
+def _prepare(dtype: str, gained: bool = False, bank: bool = False):
+    matrix = (stream.UNIFORM.tag, 0, 0, 0, 8192, 8192, False)
+    plan = launch._plan(matrix, 128, _TORCH[dtype], gained, False, False)
+    operand = next(name for name, torchs in _TORCH.items() if torchs == plan.table)
+    given = {"stride_xr": 1, **plan.prepare.constants}
     pointers = {"x": _INPUTS[dtype], "out": _INPUTS[operand]}
-    return (
-        dense.prepare_kernel,
-        given,
-        pointers | ({"in_gain": "*fp32", "context": "*i64"} if bank else {}),
-        4,
-    )
+    if plan.scaled:
+        given |= {"stride_if": 1, "IN_BANK": bank}
+        pointers |= {"row_scale": "*fp32"} | ({"in_gain": "*fp32"} if gained else {})
+    return plan.prepare.kernel, given, pointers | ({"context": "*i64"} if bank else {}), 4
 
 
 def _finish(grad: bool):
@@ -220,9 +221,10 @@ _UNIFORM = {32: ("bfloat16",), 128: ("float16",)}
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Kernel, constants and pointers of the kernels that do not follow from a dense product.
 _OTHERS = {
-    "prepare bfloat16": _prepare("bfloat16", 1),
-    "prepare bfloat16 bank": _prepare("bfloat16", 3, bank=True),
-    "prepare float32": _prepare("float32", 3),
+    "prepare bfloat16": _prepare("bfloat16"),
+    "prepare bfloat16 gained": _prepare("bfloat16", gained=True),
+    "prepare bfloat16 bank": _prepare("bfloat16", gained=True, bank=True),
+    "prepare float32": _prepare("float32"),
     "finish": _finish(grad=False),
     "finish gain_grad": _finish(grad=True),
     "draw 8": _draw(8),

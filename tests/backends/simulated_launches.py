@@ -28,7 +28,7 @@ from nmkern.backends.triton import dense, flynet, launch, sparse, variant
 
 TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
 KERNELS = (
-    *(dense.prepare_kernel, dense.product_kernel, dense.finish_kernel),
+    *(dense.prepare_kernel, dense.prepare_rows_kernel, dense.product_kernel, dense.finish_kernel),
     *(sparse.draw_kernel, sparse.gather_kernel, sparse.scatter_kernel),
     *(flynet.mean_kernel, flynet.logits_kernel, flynet.gain_grad_kernel),
 )

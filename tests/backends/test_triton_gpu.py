@@ -90,13 +90,13 @@ def test_float32_error_at_k_8192(dense_backend, family, transposed):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("rows", [5, 200])
 def test_error_of_narrow_inputs_times_their_gain(dense_backend, rows, dtype):
-    """Where a kernel rounds the product, it is to 11 bits."""
+    """It is rounded to 11 bits."""
     g = generator(rows)
     matrix = RandomMatrix(96, 700, seed=4)
     x, gain = normals((rows, 700), g, dtype), normals((700,), g)
     want = Expected(x, matrix, {"in_gain": gain})
     y = modulated_linear(x.cuda(), matrix, in_gain=gain.cuda())
-    want.check(y.cpu(), rounded=2.0**-11 if dense_backend == "cuda" else 0)
+    want.check(y.cpu(), rounded=2.0**-11)
 
 
 @pytest.mark.parametrize("rows", [4, 70])

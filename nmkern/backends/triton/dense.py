@@ -1,7 +1,8 @@
 """The dense kernels: x made ready, x times generated weights, and the stage that finishes split sums.
 
-    prepared[step, part, m, i] = part of (x[m, k] * in_gain[c, k]), for the k that place i of the step holds
-    partial[s, m, n] = sum over the k of split s: prepared value * code[n, k]
+    prepared[step, m, i] = x[m, k], for the k that place i of the step holds
+    prepared[step, part, m, i] = part of (x[m, k] * in_gain[c, k] / row_scale[m])
+    partial[s, m, n] = row_scale[m] * sum over the k of split s: prepared value * code[n, k]
     y[m, n] = (factor * sum over s: partial[s, m, n]) * out_gain[c, n] + bias[c, n]
 
 A program computes a tile of y's transpose, W tile [BO, BR] times x tile [BR, BM], so that weights are the
@@ -16,6 +17,10 @@ What makes Triton do so is where indices go:
 - The tile starts from the result of a small tensor-core product (``_anchor``), whose layout the whole
   hash then takes: without, Triton hashes in another layout and moves every weight through shared memory
   (15 instead of 3.6 instructions a weight on sm_90).
+
+Tensor cores truncate when they add up (Fasi et al. 2021, doi:10.7717/peerj-cs.330): of a sum of T products
+of tiles they take 0.7 T / 2 * 2^-24 in the mean, 2e-5 of two parts at K = 8192, where float32 may be off by
+2e-6. So each tile's products of float32 are summed alone, and their sums rounded to nearest.
 
 The invariant: what is summed in which order depends on shapes and on the split, not on BM, BO, PIECES or
 warps, nor on whether x was prepared; and no float is added atomically.
@@ -112,52 +117,6 @@ def narrow(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _truncate(value):
-    """The eight leading bits of a float32, a value that bfloat16 holds."""
-    return (value.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _parts(value):
-    """A float32 in three truncated parts, which bfloat16 holds and which sum to it exactly."""
-    high = _truncate(value)
-    # An infinity has no rest; the difference would be a NaN.
-    rest = tl.where(tl.abs(value) == float("inf"), 0.0, value - high)
-    middle = _truncate(rest)
-    return high, middle, rest - middle
-
-
-@triton.jit
-def _to_part(value, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
-        part = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        part = value.to(DTYPE)
-    return part
-
-
-@triton.jit
-def dot(w, value, acc, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """acc + w @ value, in one, two or three parts of DTYPE, the smallest first, in a chain of its own.
-
-    Tensor cores truncate when they add up (Fasi et al. 2021, doi:10.7717/peerj-cs.330): of a sum of T
-    products of tiles they take 0.7 T / 2 * 2^-24 in the mean, 3e-5 of three parts at K = 8192, where float32
-    may be off by 2e-6. So each tile's products are summed alone, and their sums rounded to nearest.
-    """
-    if PARTS == 1:
-        acc = tl.dot(w, value, acc)
-    else:
-        high, middle, low = _parts(value)
-        if PARTS == 3:
-            chain = tl.dot(w, _to_part(low, DTYPE))
-            chain = tl.dot(w, _to_part(middle, DTYPE), chain)
-        else:
-            chain = tl.dot(w, _to_part(middle, DTYPE))
-        acc += tl.dot(w, _to_part(high, DTYPE), chain)
-    return acc
-
-
-@triton.jit
 def _store_modulated(
     total, y, out_gain, bias, context, factor, m, n, valid, M, N,
     out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf,
@@ -181,12 +140,63 @@ def _store_modulated(
     tl.store(y + m * N + n, narrow(total, y.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def _places(tile, r_skip, TAG: tl.constexpr, TRANSPOSED: tl.constexpr, BR: tl.constexpr, TILES: tl.constexpr):
+    """Of the steps from ``tile`` on: which k each place holds, and the place itself, [TILES * BR] each."""
+    i = tl.arange(0, TILES * BR)
+    PER_UNIT: tl.constexpr = 4 if TRANSPOSED else columns_per_word(TAG)
+    unit, inner = _reduced(i % BR, TAG, TRANSPOSED)
+    tile = tl.cast(tile, tl.int64) + i // BR
+    return tile * BR + (PER_UNIT * unit + inner) - r_skip, tile, i % BR
+
+
 @triton.jit(do_not_specialize=["M", "r_skip", "tiles"])
 def prepare_kernel(
+    x,  # [M, K]
+    out,  # [tiles, M, BR] in DTYPE
+    M,
+    K,
+    r_skip,
+    tiles,
+    stride_xm,
+    stride_xr,
+    TAG: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BR: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """x as ``product_kernel`` reads it: in the order of its steps."""
+    m = (tl.program_id(0) // tiles).to(tl.int64) * BM + tl.arange(0, BM)
+    k, tile, i = _places(tl.program_id(0) % tiles, r_skip, TAG, TRANSPOSED, BR, 1)
+    in_batch = (m < M)[:, None]
+    valid = ((k >= 0) & (k < K))[None, :] & in_batch
+    value = tl.load(x + (m * stride_xm)[:, None] + (k * stride_xr)[None, :], mask=valid, other=0.0)
+    tl.store(out + (tile[None, :] * M + m[:, None]) * BR + i[None, :], narrow(widen(value), DTYPE), in_batch)
+
+
+@triton.jit
+def _gained(
+    x, in_gain, m, row, k, M, K, stride_xm, stride_xr, stride_if, IN_BANK: tl.constexpr
+):  # fmt: skip
+    """x[m, k] * in_gain[row, k] in float32, zero outside; ``row``: the offsets of a bank's rows."""
+    inside = (k >= 0) & (k < K)
+    valid = inside[None, :] & (m < M)[:, None]
+    value = widen(tl.load(x + (m * stride_xm)[:, None] + (k * stride_xr)[None, :], mask=valid, other=0.0))
+    if IN_BANK:
+        value *= tl.load(in_gain + row[:, None] + (k * stride_if)[None, :], mask=valid, other=0.0)
+    elif in_gain is not None:
+        value *= tl.load(in_gain + k * stride_if, mask=inside, other=0.0)[None, :]
+    return value
+
+
+@triton.jit(do_not_specialize=["M", "r_skip", "tiles"])
+def prepare_rows_kernel(
     x,  # [M, K]
     in_gain,  # [contexts, K] float32 or None
     context,  # [M] int64 or None
     out,  # [tiles, PARTS, M, BR] in DTYPE
+    row_scale,  # [M] float32
     M,
     K,
     r_skip,
@@ -203,35 +213,41 @@ def prepare_kernel(
     DTYPE: tl.constexpr,
     BR: tl.constexpr,
     BM: tl.constexpr,
+    TILES: tl.constexpr,  # that are read at a time
 ):
-    """x * in_gain as ``product_kernel`` reads it: in the order of its steps, in parts of DTYPE."""
-    tile = (tl.program_id(0) % tiles).to(tl.int64)
-    m = (tl.program_id(0) // tiles).to(tl.int64) * BM + tl.arange(0, BM)
-    i = tl.arange(0, BR)
-    PER_UNIT: tl.constexpr = 4 if TRANSPOSED else columns_per_word(TAG)
-    unit, inner = _reduced(i, TAG, TRANSPOSED)
-    k = tile * BR + (PER_UNIT * unit + inner) - r_skip
-    in_batch = (m < M)[:, None]
-    inside = (k >= 0) & (k < K)
-    valid = inside[None, :] & in_batch
-    value = widen(tl.load(x + (m * stride_xm)[:, None] + (k * stride_xr)[None, :], mask=valid, other=0.0))
+    """x * in_gain as ``product_kernel`` reads it, in parts of float16, of rows times a power of two.
+
+    A row's largest is scaled to [2^14, 2^15). One part is off by at most 2^-11 of a value, two are by 2^-23,
+    or by 2^-39 of the row's largest; csrc/cuda/pack.h, which does the same, says why.
+    """
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row = m
     if IN_BANK:
         row = context_rows(context, m, M, contexts) * stride_it
-        value *= tl.load(in_gain + row[:, None] + (k * stride_if)[None, :], mask=valid, other=0.0)
-    elif in_gain is not None:
-        value *= tl.load(in_gain + k * stride_if, mask=inside, other=0.0)[None, :]
-    out += (tile * PARTS * M + m)[:, None] * BR + i[None, :]
+    most = tl.zeros([BM], tl.float32)
+    for first in range(0, tiles, TILES):
+        k, tile, i = _places(first, r_skip, TAG, TRANSPOSED, BR, TILES)
+        value = _gained(x, in_gain, m, row, k, M, K, stride_xm, stride_xr, stride_if, IN_BANK)
+        finite = tl.where(tl.abs(value) < float("inf"), tl.abs(value), 0.0)
+        most = tl.maximum(most, tl.max(finite, axis=1))
+    # 2^(14 - e) for a largest of exponent e, biased; both it and its inverse are normal numbers.
+    exponent = tl.minimum(2 * 127 + 14 - (most.to(tl.int32, bitcast=True) >> 23), 253)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    tl.store(row_scale + m, ((2 * 127 - exponent) << 23).to(tl.float32, bitcast=True), mask=m < M)
     part = tl.cast(M, tl.int64) * BR
-    if PARTS == 1:
-        tl.store(out, narrow(value, DTYPE), mask=in_batch)
-    else:
-        high, middle, low = _parts(value)
-        # The smallest first, as they are added up.
-        if PARTS == 3:
-            tl.store(out, _to_part(low, DTYPE), mask=in_batch)
-            out += part
-        tl.store(out, _to_part(middle, DTYPE), mask=in_batch)
-        tl.store(out + part, _to_part(high, DTYPE), mask=in_batch)
+    for first in range(0, tiles, TILES):
+        k, tile, i = _places(first, r_skip, TAG, TRANSPOSED, BR, TILES)
+        value = _gained(x, in_gain, m, row, k, M, K, stride_xm, stride_xr, stride_if, IN_BANK)
+        value *= scale[:, None]
+        to = out + (tile[None, :] * PARTS * M + m[:, None]) * BR + i[None, :]
+        valid = (tile < tiles)[None, :] & (m < M)[:, None]
+        high = value.to(DTYPE)
+        if PARTS == 2:
+            # The smaller first, as they are added up. What is not finite has none: it would be a NaN.
+            rest = value - high.to(tl.float32)
+            tl.store(to, tl.where(rest == rest, rest, 0.0).to(DTYPE), mask=valid)
+            to += part
+        tl.store(to, high, mask=valid)
 
 
 # Not o_skip: where it is 0, and N a multiple of 16, results are stored 8 or 16 bytes at a time.
@@ -240,12 +256,13 @@ _SCALARS = ["M", "k0", "k1", "o_first", "r_first", "r_skip", "chunk", "tiles", "
 
 @triton.jit(do_not_specialize=_SCALARS)
 def product_kernel(
-    x,  # [M, K], K the length of the reduction; or what ``prepare_kernel`` made of it
+    x,  # [M, K], K the length of the reduction; or what a kernel above made of it
     out_gain,  # [out_contexts, N] float32 or None
     bias,  # [bias_contexts, N] float32 or None
     context,  # [M] int64 or None
     y,  # [M, N] in the dtype of x; PARTIAL: [splits, M, N] float32, unscaled sums
     table,  # NORMAL_TABLE in DTYPE
+    row_scale,  # [M] float32, or None
     factor,
     M,
     N,
@@ -274,7 +291,7 @@ def product_kernel(
     TRANSPOSED: tl.constexpr,
     PARTIAL: tl.constexpr,
     PARTS: tl.constexpr,  # of each value, prepared; 0: x is read as it is
-    CHAINS: tl.constexpr,  # whether each tile of the reduction is summed alone, as ``dot`` says
+    CHAINS: tl.constexpr,  # whether each tile of the reduction is summed alone, as float32 has to be
     DTYPE: tl.constexpr,  # of the operands of tl.dot
     FIELDS: tl.constexpr,  # transposed: the fields of a word that a program computes
     BO: tl.constexpr,
@@ -310,7 +327,7 @@ def product_kernel(
         x += i[:, None] + (m * BR)[None, :]
         part = tl.cast(M, tl.int64) * BR
         if PARTS == 1:
-            # Pointers advance: half an instruction a weight less. With three parts that spilled.
+            # Pointers advance: half an instruction a weight less. With several parts that spilled.
             x += split.to(tl.int64) * chunk * part
     else:
         x += (m * stride_xm)[None, :]
@@ -364,6 +381,8 @@ def product_kernel(
         rows = (m + piece * BP)[:, None]
         valid = (n >= 0) & (n < N) & (rows < M)
         total = _in_order(acc if piece == 0 else acc1, WARPS, HELD) * code_scale(TAG, DTYPE)
+        if row_scale is not None:
+            total *= tl.load(row_scale + rows, mask=rows < M, other=0.0)
         if PARTIAL:
             tl.store(y + (split.to(tl.int64) * M + rows) * N + n, total, mask=valid)
         else:

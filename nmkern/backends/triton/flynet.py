@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nmkern import stream
 from nmkern.backends.triton import launch, sparse
-from nmkern.backends.triton.dense import context_rows, dot, widen
+from nmkern.backends.triton.dense import context_rows, widen
 from nmkern.backends.triton.stream import code_scale, columns_per_word, decode, word_of_row, words
 from nmkern.backends.triton.variant import Variant
 
@@ -37,6 +37,50 @@ _SMALL_BATCH, _BATCH = 16, 32
 _LEAST_CLASSES, _MOST_CLASSES = 16, 64  # of a program: a power of two
 # Programs that a launch aims at: two of 8 warps for each of an H100's 132 multiprocessors.
 _PROGRAMS = 264
+
+
+@triton.jit
+def _truncate(value):
+    """The eight leading bits of a float32, a value that bfloat16 holds."""
+    return (value.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _parts(value):
+    """A float32 in three truncated parts, which bfloat16 holds and which sum to it exactly."""
+    high = _truncate(value)
+    # An infinity has no rest; the difference would be a NaN.
+    rest = tl.where(tl.abs(value) == float("inf"), 0.0, value - high)
+    middle = _truncate(rest)
+    return high, middle, rest - middle
+
+
+@triton.jit
+def _to_part(value, DTYPE: tl.constexpr):
+    if DTYPE == tl.bfloat16:
+        part = (value.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        part = value.to(DTYPE)
+    return part
+
+
+@triton.jit
+def _dot(w, value, acc, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """acc + w @ value, in one, two or three parts of DTYPE, the smallest first.
+
+    Several in a chain of its own, since tensor cores truncate when they add up: see dense.py.
+    """
+    if PARTS == 1:
+        acc = tl.dot(w, value, acc)
+    else:
+        high, middle, low = _parts(value)
+        if PARTS == 3:
+            chain = tl.dot(w, _to_part(low, DTYPE))
+            chain = tl.dot(w, _to_part(middle, DTYPE), chain)
+        else:
+            chain = tl.dot(w, _to_part(middle, DTYPE))
+        acc += tl.dot(w, _to_part(high, DTYPE), chain)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "inputs", "hidden"])
@@ -155,7 +199,7 @@ def logits_kernel(
         word = tl.arange(0, BU // WIDTH).to(tl.uint32) + tl.cast(step, tl.uint32) * (BU // WIDTH)
         word += u_first.to(tl.uint32, bitcast=True)
         w = _decoder(patch, word, k0, k1, table, TAG, DTYPE, BC, BU)
-        acc = dot(w, value, acc, PARTS, DTYPE)
+        acc = _dot(w, value, acc, PARTS, DTYPE)
     place = (split.to(tl.int64) * M + m)[None, :] * classes + c[:, None]
     acc *= code_scale(TAG, DTYPE)
     tl.store(partial + place, acc, mask=((c >= 0) & (c < classes))[:, None] & in_batch[None, :])
@@ -229,7 +273,7 @@ def gain_grad_kernel(
             if d.dtype != DTYPE:
                 d = widen(d)
             w = _decoder(patch, word, k0, k1, table, TAG, DTYPE, BC, BU)
-            pulled = dot(tl.trans(w), d, pulled, PARTS, DTYPE)
+            pulled = _dot(tl.trans(w), d, pulled, PARTS, DTYPE)
         value = _hidden(
             x, columns, mean, encoder_factor, u, m, in_batch, M, inputs, hidden, fan_in, shift, BU
         )
@@ -257,6 +301,20 @@ class Plan:
     gain_grad: Variant
 
 
+def operand_of(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, int]:
+    """The dtype of tl.dot's operands, and in how many parts of it a float32 is multiplied.
+
+    Weights are exact in every one, and three parts of bfloat16 are all of a float32. Where tf32 may be used,
+    two do: 16 bits to tf32's 11, in the same time on tensor cores, and in half the instructions. The
+    interpreter multiplies in float32 throughout.
+    """
+    if launch.INTERPRETED:
+        return torch.float32, 1
+    if dtype == torch.float32:
+        return torch.bfloat16, 2 if tf32 else 3
+    return (torch.bfloat16, 3) if gained else (dtype, 1)
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_of(
     decoder: tuple, hidden: int, rows: int, dtype: torch.dtype, gained: bool, tf32: bool = False
@@ -268,7 +326,7 @@ def plan_of(
     u_first, u_skip = divmod(col_offset, width)
     block = min(max(triton.next_power_of_2(c_skip + classes), _LEAST_CLASSES), _MOST_CLASSES)
     batch = _SMALL_BATCH if rows <= _SMALL_BATCH else _BATCH
-    operand, parts = launch.operand_of(dtype, gained, tf32)
+    operand, parts = operand_of(dtype, gained, tf32)
     constants = {
         "TAG": tag,
         "PARTS": parts,

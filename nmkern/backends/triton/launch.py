@@ -1,6 +1,7 @@
 """From the arguments of the dense primitives to launches of their kernels.
 
-    parts of the batch -> prepare_kernel -> product_kernel, the reduction in splits -> finish_kernel
+    parts of the batch -> prepare_kernel or prepare_rows_kernel -> product_kernel, the reduction in splits
+    -> finish_kernel
 
 Few rows without gains, in a dtype that tl.dot multiplies, go to product_kernel as they are; a reduction in
 one split needs no finish_kernel.
@@ -38,7 +39,7 @@ _PROGRAMS = 264
 _LEAST_STEPS = 8
 FINISH_ROWS, FINISH_COLS = 16, 64
 _LEAST_TILES = 4  # tiles of FINISH_ROWS rows that are worth a program of their own
-PREPARED = 2048  # values that a program of prepare_kernel takes
+PREPARED = 2048  # values that a program of a kernel that prepares x takes at a time
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -60,6 +61,7 @@ class Plan:
     parts: int  # that each value of x is prepared in; 0: x is read as it is
     steps: int
     table: torch.dtype
+    scaled: bool  # whether rows are prepared by prepare_rows_kernel
     product: Variant  # the kernels, with their constants and options
     prepare: Variant
     prepared_bytes: int  # of a row of x
@@ -91,7 +93,8 @@ def _plan(
     tag, seed, row_offset, col_offset, rows, cols, transposed = matrix
     width = next(f.columns_per_word for f in stream.DENSE_FAMILIES.values() if f.tag == tag)
     operand, split = operand_of(dtype, gained, tf32)
-    parts = split if split > 1 or gained or batch > configs.DIRECT_ROWS else 0
+    scaled = gained or dtype == torch.float32
+    parts = split if scaled or batch > configs.DIRECT_ROWS else 0
     tile = tile or configs.tile_of(tag, transposed, batch, split)
     by_row, by_col = (divmod(row_offset, 4), rows), (divmod(col_offset, width), cols)
     (o_place, outputs), (r_place, reduction) = (by_col, by_row) if transposed else (by_row, by_col)
@@ -114,13 +117,13 @@ def _plan(
     both = {
         "TAG": tag,
         "TRANSPOSED": transposed,
-        "PARTS": parts,
         "DTYPE": DTYPES[operand],
         "BR": step,
         "enable_fp_fusion": False,
     }
     constants = {
         **both,
+        "PARTS": parts,
         "CHAINS": dtype == torch.float32 and parts > 1,
         "FIELDS": tile.fields,
         "BO": tile.outputs,
@@ -130,15 +133,19 @@ def _plan(
         "num_stages": tile.stages,
     }
     prepare = {**both, "BM": max(1, PREPARED // step), "num_warps": 4}
+    if scaled:
+        at_once = min(triton.next_power_of_2(steps), PREPARED // step)
+        prepare |= {"BM": PREPARED // (step * at_once), "TILES": at_once, "PARTS": parts}
+    prepare_kernel = dense.prepare_rows_kernel if scaled else dense.prepare_kernel
     halves = (signed32(half) for half in key)
     numbers = (outputs, reduction, *halves, *places, chunk, steps, m_blocks, o_blocks)
     request = (matrix, batch, dtype, gained, banks, tf32)
     grid = m_blocks * o_blocks * splits
     partial = splits > 1 or (banks and batch > configs.BANK_ROWS)
     return Plan(
-        *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand),
-        *(Variant(dense.product_kernel, **constants), Variant(dense.prepare_kernel, **prepare)),
-        steps * step * parts * operand.itemsize,
+        *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand, scaled),
+        *(Variant(dense.product_kernel, **constants), Variant(prepare_kernel, **prepare)),
+        steps * step * parts * operand.itemsize + 4 * scaled,
     )
 
 
@@ -164,16 +171,17 @@ def _class_of(request: tuple) -> tuple[str, tuple[configs.Tile, ...]]:
 def operand_of(dtype: torch.dtype, gained: bool, tf32: bool) -> tuple[torch.dtype, int]:
     """The dtype of tl.dot's operands, and in how many parts of it x is multiplied.
 
-    Weights are exact in every one. x times in_gain is a float32, as x of float32 is. Three parts of bfloat16
-    are all of it. Where tf32 may be used, two do: 16 bits to tf32's 11, in the same time on tensor cores, and
-    in half the instructions (sm_90, uniform, 128 rows: 5.8 a weight then, in tf32 10.4). The interpreter
-    multiplies in float32 throughout.
+    Weights are exact in every one. float32 is two float16 of a scaled row, 23 of its 24 bits; where tf32 may
+    be used, one, which has the 11 bits of tf32 in the tensor cores' time of float16. One also serves x of 16
+    bits times in_gain, which a product with stored weights rounds to the dtype of x, in bfloat16 to 8 bits.
+    (Three bfloat16, which are exact, took tensor cores 1.5 and 3 times as long.) The interpreter multiplies
+    in float32 throughout.
     """
     if INTERPRETED:
         return torch.float32, 1
     if dtype == torch.float32:
-        return torch.bfloat16, 2 if tf32 else 3
-    return (torch.bfloat16, 3) if gained else (dtype, 1)
+        return torch.float16, 1 if tf32 else 2
+    return torch.float16 if gained else dtype, 1
 
 
 @functools.cache
@@ -219,28 +227,33 @@ def pieces(device: torch.device, batch: int) -> int:
     return 1 if whole else 2
 
 
-def _prepare(x, in_gain, context, plan: Plan) -> Tensor:
-    """x times in_gain in the order and the dtype that the plan's product reads, ``[steps, parts, M, BR]``."""
+def _prepare(x, in_gain, context, plan: Plan) -> tuple[Tensor, Tensor | None]:
+    """x times in_gain as the plan's product reads it, ``[steps, parts, M, BR]``, and its rows' scales."""
     rows, constants = x.shape[0], plan.prepare.constants
     prepared = x.new_empty(plan.steps, plan.parts, rows, constants["BR"], dtype=plan.table)
+    blocks = cdiv(rows, constants["BM"])
+    sizes = (rows, plan.reduction, plan.numbers[7], plan.steps)
+    if not plan.scaled:
+        plan.prepare(plan.steps * blocks, (x, prepared), (*sizes, *x.stride()))
+        return prepared, None
+    row_scale = x.new_empty(rows, dtype=torch.float32)
     contexts = contexts_of(in_gain)
-    sizes = (rows, plan.reduction, plan.numbers[7], plan.steps, contexts)
     plan.prepare(
-        plan.steps * cdiv(rows, constants["BM"]),
-        (x, in_gain, context, prepared),
-        (*sizes, *x.stride(), *strides_of(in_gain)),
+        blocks,
+        (x, in_gain, context, prepared, row_scale),
+        (*sizes, contexts, *x.stride(), *strides_of(in_gain)),
         IN_BANK=contexts > 1,
     )
-    return prepared
+    return prepared, row_scale
 
 
 def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
     """Launch the kernels up to product_kernel on rows that one plan covers."""
-    rows, strides = x.shape[0], x.stride()
+    rows, strides, row_scale = x.shape[0], x.stride(), None
     if plan.parts:
-        x, strides = _prepare(x, in_gain, context, plan), (0, 0)
+        (x, row_scale), strides = _prepare(x, in_gain, context, plan), (0, 0)
     device, contexts = x.device, (contexts_of(out_gain), contexts_of(bias))
-    values = (x, out_gain, bias, context, y, table_of(device, plan.table), factor)
+    values = (x, out_gain, bias, context, y, table_of(device, plan.table), row_scale, factor)
     layout = (*contexts, *strides, *strides_of(out_gain), *strides_of(bias))
 
     def launch(plan: Plan) -> None:
