@@ -3,7 +3,9 @@
 //
 // Nothing here waits for the device, and all memory is the caching allocator's, so that calls can be
 // captured in a CUDA graph. No symbol of CUDA is needed: the library loads beside any build of PyTorch.
+#include <bit>
 #include <tuple>
+#include <vector>
 
 #include "dense.h"
 #include "operators.h"
@@ -118,7 +120,11 @@ std::tuple<Tensor, Tensor> modulated_matmul_gain_grad(const Tensor& x, std::opti
   return {product, grad};
 }
 
-// A call as everyday eager calls make it (see Packed), on a GPU where no batch goes on to Triton's operators.
+std::optional<Tensor> row_of(const std::optional<Tensor>& vector) {
+  return vector ? std::optional(torch::stable::unsqueeze(*vector, 0)) : std::nullopt;
+}
+
+// A call as everyday eager calls make it (see Packed).
 struct Eager {
   Packed<Dense> packed;
   const Tensor& x;
@@ -129,9 +135,7 @@ struct Eager {
       : packed(input, matrix),
         x(input),
         kernel(kernel_for(x, packed.call.batch)),
-        guard(x.get_device_index()) {
-    STD_TORCH_CHECK(kernel != Kernel::none, "x: this library has no kernel for ", packed.call.batch, " rows");
-  }
+        guard(x.get_device_index()) {}
 
   Bank vector(const std::optional<Tensor>& tensor, const char* name, int64_t features) {
     if (tensor) is_here(*tensor, name);
@@ -140,6 +144,25 @@ struct Eager {
 
   void is_here(const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected the device of x");
+  }
+
+  // What an operator of Triton's returns first, given these and the arguments that the matrix holds.
+  template <class... Arguments>
+  auto handed_on(const char* name, const Tensor& matrix, const Arguments&... arguments) const {
+    const auto* v = static_cast<const int64_t*>(matrix.const_data_ptr());
+    return by_triton(name, arguments..., v[0], v[1], v[2], v[3], v[4], v[5], v[6] != 0,
+                     std::bit_cast<double>(v[7]));
+  }
+
+  // tensor [..., features] as [batch, features], and the reverse.
+  Tensor flat(const Tensor& tensor, int64_t features) const {
+    return packed.dims == 2 ? tensor : torch::stable::view(tensor, {packed.call.batch, features});
+  }
+  Tensor shaped(StableIValue result) const {
+    const auto y = torch::stable::detail::to<Tensor>(result);
+    std::vector<int64_t> sizes(packed.lead, packed.lead + packed.dims);
+    sizes.back() = packed.call.outputs();
+    return packed.dims == 2 ? y : torch::stable::view(y, sizes);
   }
 };
 
@@ -150,6 +173,10 @@ Tensor packed_matmul(const Tensor& x, std::optional<Tensor> in_gain, std::option
   call.in_gain = eager.vector(in_gain, "in_gain", call.inputs());
   call.out_gain = eager.vector(out_gain, "out_gain", call.outputs());
   call.bias = eager.vector(bias, "bias", call.outputs());
+  if (eager.kernel == Kernel::none)
+    return eager.shaped(eager.handed_on("nmkern::triton_modulated_matmul", matrix,
+                                        eager.flat(x, call.inputs()), row_of(in_gain), row_of(out_gain),
+                                        row_of(bias), std::optional<Tensor>())[0]);
   Tensor y = eager.packed.result(x);
   run(x, call, eager.kernel);
   return y;
@@ -168,6 +195,15 @@ std::tuple<Tensor, Tensor> packed_matmul_gain_grad(const Tensor& x, std::optiona
   call.out_gain = eager.vector(out_gain, "out_gain", call.outputs());
   eager.is_here(other, "other");
   call.other = eager.packed.rows_of(other, "other", call.outputs());
+  if (eager.kernel == Kernel::none) {
+    const auto found =
+        eager.handed_on("nmkern::triton_modulated_matmul_gain_grad", matrix, eager.flat(x, call.inputs()),
+                        row_of(in_gain), row_of(out_gain), eager.flat(other, call.outputs()),
+                        std::optional<Tensor>(), int64_t{1}, need_product);
+    const auto grad = torch::stable::detail::to<Tensor>(found[1]);
+    return {need_product ? eager.shaped(found[0]) : torch::stable::detail::to<Tensor>(found[0]),
+            torch::stable::view(grad, {call.outputs()})};
+  }
   Tensor grad = gradient(x, {call.outputs()}, call.batch == 0);
   call.gain_grad = {static_cast<float*>(grad.mutable_data_ptr()), 1};
   Tensor product = need_product ? eager.packed.result(x) : empty(x, 0, call.outputs());

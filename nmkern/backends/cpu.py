@@ -76,9 +76,5 @@ def set_isa(name: str) -> None:
         raise RuntimeError(f"isa: this CPU or this build has no {name!r}, it has {isa()!r}")
 
 
-def serves_every_batch() -> bool:
-    return True
-
-
 def kernel() -> str:
     return f"cpu ({isa()})"

@@ -139,11 +139,6 @@ def _gpu_refusal(family: str, dtype: torch.dtype) -> str | None:
     )
 
 
-def serves_every_batch() -> bool:
-    """Whether no dense product goes on to Triton's kernels, on any GPU of this machine."""
-    return all(kernels(index).wide for index in range(torch.cuda.device_count()))
-
-
 def hands_on(batch: int, index: int | None = None) -> str | None:
     """Why a batch goes on to Triton's kernels; None where it does not."""
     rows, wide = kernels(index)

@@ -4,7 +4,7 @@
     packed_matmul.bare(x, matrix)
     packed_matmul_gain_grad(x, in_gain, out_gain, other, need_product, matrix)
 
-The cpu backend has them for CPU tensors, the cuda backend for CUDA tensors, where it serves every batch.
+The cpu backend has them for CPU tensors, the cuda backend for CUDA tensors.
 
 x is ``[..., K]``, of two dimensions or contiguous; gains, bias and the gradient of a gain are vectors in
 float32. ``matrix`` holds the matrix arguments of the primitives in one int64 tensor: an argument of a

@@ -27,8 +27,7 @@ BACKENDS: dict[str, ModuleType] = {
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
-# Dtypes whose dense products the backend of a device's name is known to serve, at every batch: _choices,
-# for a quick look.
+# Dtypes whose dense products the backend of a device's name is known to serve: _choices, for a quick look.
 native: dict[str, set[torch.dtype]] = {"cpu": set(), "cuda": set()}
 
 
@@ -151,7 +150,7 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
         if known is None:
             raise _no_backend(refused)
         _choices[key] = known
-        if known == device and family in DENSE_FAMILIES and BACKENDS[known].serves_every_batch():
+        if known == device and family in DENSE_FAMILIES:
             native[device].add(dtype)
     return known
 

@@ -135,14 +135,14 @@ def test_with_wgmma_every_batch_is_its_own(machine, monkeypatch):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_calls_take_the_short_way_where_every_batch_is_its_own(machine, wide):
+def test_everyday_calls_take_the_short_way(machine, wide):
     """See nmkern.ops.eager. Not with another backend forced, nor for what it does not compute."""
     machine(16, wide=wide)
     known = selection.native["cuda"]
     for dtype in (*DTYPES, torch.float64):
         for family in ("uniform", "sparse"):
             selection.select(family, dtype, "cuda")
-    assert known == (set(DTYPES) if wide else set())
+    assert known == set(DTYPES)
     with use_backend("triton"):
         selection.select("uniform", torch.float32, "cuda")
         assert known == set()

@@ -252,7 +252,7 @@ def test_batches_go_where_explain_says():
 @pytest.mark.parametrize("rows", [1, 70])
 @pytest.mark.parametrize("names", [(), ("in_gain", "bias"), ("in_gain", "out_gain", "bias")], ids=str)
 def test_everyday_calls_are_packed_and_give_the_same_bits(names, rows):
-    """See nmkern.ops.eager: only where no batch goes on to Triton."""
+    """See nmkern.ops.eager."""
     g = generator(rows)
     matrix = RandomMatrix(300, 700, seed=1)
     sizes = {"in_gain": 700, "out_gain": 300, "bias": 300}
@@ -271,7 +271,8 @@ def test_everyday_calls_are_packed_and_give_the_same_bits(names, rows):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         found = call()
     ran = {event.key for event in profile.key_averages() if event.key.startswith("nmkern::")}
-    assert all(name.startswith("nmkern::packed_matmul") for name in ran) == cuda.kernels().wide
+    ours = {name for name in ran if "triton" not in name}  # what they hand on apart
+    assert ours and all(name.startswith("nmkern::packed_matmul") for name in ours)
     for one, same in zip(found, call(strength=1.0), strict=True):  # a strength is not plain
         assert torch.equal(one, same)
 

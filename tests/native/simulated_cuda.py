@@ -223,8 +223,29 @@ def check_packed_calls(library):
             packed_call("packed_matmul", torch.ones(4, k), *gains, forward)
         assert refused in str(raised.value)
     library.simulated_wgmma(0)
-    with pytest.raises(RuntimeError, match="x: this library has no kernel for 17 rows"):
-        packed_call("packed_matmul.bare", torch.ones(17, k), forward)
+
+
+def check_packed_calls_are_handed_on(library):
+    """Of batches that are Triton's: as the primitives hand them on."""
+    g = generator(6)
+    matrix = exact_matrix("normal", 50, 21)[2:, 3:].T
+    forward, transpose = packed.pack(matrix)
+    (n, k), before = matrix.shape, library.simulated_products()
+    vectors = [integers((size,), 2, g) for size in (k, n, n)]
+    for lead in ((17,), (3, 1, 20)):
+        x, other = (integers((*lead, size), 2, g) for size in (k, n))
+        z = (x.double() * vectors[0]) @ stored_weights(matrix).T
+        want = (z * vectors[1] + vectors[2]).float()
+        assert torch.equal(packed_call("packed_matmul", x, *vectors, forward), want)
+        bare = (x.double() @ stored_weights(matrix).T).float()
+        assert torch.equal(packed_call("packed_matmul.bare", x, forward), bare)
+        dx = ((other.double() * vectors[1]) @ stored_weights(matrix)).float()
+        for wanted in (True, False):
+            args = (other, vectors[1], vectors[0], x, wanted, transpose)
+            product, grad = packed_call("packed_matmul_gain_grad", *args)
+            assert torch.equal(grad, (x * dx).reshape(-1, k).sum(0))
+            assert torch.equal(product, dx * vectors[0]) if wanted else product.shape == (0, k)
+    assert library.simulated_products() == before
 
 
 def check_through_the_public_operator(library):
@@ -300,6 +321,7 @@ def main(path, stub):
         check_larger_batches_by_wgmma(library)
         check_packed_calls(library)
         check_through_the_public_operator(library)
+        check_packed_calls_are_handed_on(library)
         check_errors(library)
         simulated_cuda_sparse.check_all(library)
         simulated_cuda_flynet.check_all(library)
