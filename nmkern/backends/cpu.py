@@ -10,7 +10,7 @@ import functools
 import torch
 
 from nmkern import environment
-from nmkern.backends import build, primitives
+from nmkern.backends import build, packed, primitives
 
 LIBRARY_PATH = build.PACKAGE / "_native.so"
 BUILD_RECORD = build.PACKAGE / "native_build.json"
@@ -74,6 +74,11 @@ def set_isa(name: str) -> None:
         raise RuntimeError(f"cpu backend: {reason}")
     if library.nmkern_cpu_set_isa(name.encode()) != 0:
         raise RuntimeError(f"isa: this CPU or this build has no {name!r}, it has {isa()!r}")
+
+
+def everyday() -> packed.Everyday:
+    """How everyday eager calls are made."""
+    return packed.everyday("cpu")
 
 
 def kernel() -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from nmkern.backends import build, primitives, triton
+from nmkern.backends import build, packed, primitives, triton
 from nmkern.matrix import RandomMatrix
 from nmkern.stream import DENSE_FAMILIES
 
@@ -137,6 +137,11 @@ def _gpu_refusal(family: str, dtype: torch.dtype) -> str | None:
         f"its library was built for compute capabilities {built}, {has}; "
         f"to get it, reinstall nmkern with NMKERN_CUDA_ARCHS={arch}"
     )
+
+
+def everyday() -> packed.Everyday:
+    """How everyday eager calls are made."""
+    return packed.everyday("cuda")
 
 
 def hands_on(batch: int, index: int | None = None) -> str | None:

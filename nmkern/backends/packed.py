@@ -4,7 +4,8 @@
     packed_matmul.bare(x, matrix)
     packed_matmul_gain_grad(x, in_gain, out_gain, other, need_product, matrix)
 
-The cpu backend has them for CPU tensors, the cuda backend for CUDA tensors.
+The cpu backend has them for CPU tensors, the cuda backend for CUDA tensors. For the triton backend, functions
+stand for them (``Everyday``).
 
 x is ``[..., K]``, of two dimensions or contiguous; gains, bias and the gradient of a gain are vectors in
 float32. ``matrix`` holds the matrix arguments of the primitives in one int64 tensor: an argument of a
@@ -17,7 +18,7 @@ dtypes to guard memory and raise RuntimeError; who calls them words the error.
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +36,15 @@ SCHEMAS = {
 }
 
 
+class Everyday(NamedTuple):
+    """A backend's way of everyday calls: functions of the arguments above, operators where it has them."""
+
+    backend: str
+    matmul: Callable[..., Any]
+    matmul_bare: Callable[..., Any]
+    gain_grad: Callable[..., Any]
+
+
 def _define(name: str) -> Callable[..., Any]:
     primitives.LIBRARY.define(name + SCHEMAS[name])
     # Past autograd, which is not asked to record them: a guard around the call would cost 0.7 us.
@@ -49,6 +59,11 @@ matmul_bare = _define("packed_matmul.bare")
 gain_grad = _define("packed_matmul_gain_grad")
 
 
+def everyday(backend: str) -> Everyday:
+    """Of a backend that registers the operators."""
+    return Everyday(backend, matmul, matmul_bare, gain_grad)
+
+
 def pack(matrix: RandomMatrix) -> tuple[torch.Tensor, ...]:
     """A matrix and its transpose as the operators take them, kept as ``matrix._packed``; () for a sparse one.
 
@@ -59,5 +74,7 @@ def pack(matrix: RandomMatrix) -> tuple[torch.Tensor, ...]:
         (bits,) = struct.unpack("q", struct.pack("d", factor))
         views = ([*integers, int(swapped), bits] for swapped in (transposed, not transposed))
         tensors = tuple(torch.tensor(view, dtype=torch.int64, device="cpu") for view in views)
+        for tensor, swapped in zip(tensors, (transposed, not transposed), strict=True):
+            tensor.arguments = (*integers, swapped, factor)  # type: ignore[attr-defined]  # for functions
         object.__setattr__(matrix, "_packed", tensors)
     return matrix._packed

@@ -15,6 +15,7 @@ import torch
 
 from nmkern import environment
 from nmkern.backends import cpu, cuda, primitives, reference, triton
+from nmkern.backends.packed import Everyday
 from nmkern.matrix import RandomMatrix
 from nmkern.stream import DENSE_FAMILIES
 
@@ -27,8 +28,9 @@ BACKENDS: dict[str, ModuleType] = {
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
-# Dtypes whose dense products the backend of a device's name is known to serve: _choices, for a quick look.
-native: dict[str, set[torch.dtype]] = {"cpu": set(), "cuda": set()}
+# _choices for a quick look: how everyday eager calls of dense products (see nmkern.ops.eager) are made, by
+# device and dtype, where the backend that was chosen has a way of its own for them.
+everyday: dict[str, dict[torch.dtype, Everyday]] = {"cpu": {}, "cuda": {}}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _forget() -> None:
     _choices.clear()
-    for dtypes in native.values():
+    for dtypes in everyday.values():
         dtypes.clear()
 
 
@@ -150,8 +152,9 @@ def select(family: str, dtype: torch.dtype, device: str) -> str:
         if known is None:
             raise _no_backend(refused)
         _choices[key] = known
-        if known == device and family in DENSE_FAMILIES:
-            native[device].add(dtype)
+        # Triton's interpreter is nothing for every day.
+        if family in DENSE_FAMILIES and (known == device or (known, device) == ("triton", "cuda")):
+            everyday[device][dtype] = BACKENDS[known].everyday()
     return known
 
 

@@ -1,6 +1,6 @@
 """The everyday call of modulated_linear: plain tensors in eager mode, gains and bias as vectors.
 
-CPU tensors, and CUDA tensors where the cuda backend comes first. The checks, the operator's arguments
+CPU tensors, and CUDA tensors. The checks, the operator's arguments
 and the node of the graph are most of a small call's time, so this way has the fewest of each. In microseconds
 at 64 x 64 and M = 1 on one machine: checks 1.1, entering the operator 0.7, allocating the result 0.6, the
 product 0.6, and where a gradient is needed the node 2.9; in all 3.1 and 6.0, where torch's own linear layer
@@ -32,7 +32,7 @@ _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 _transform = torch._C._functorch.maybe_current_level
 _autocast = torch._C._is_any_autocast_enabled
-_on_cpu, _on_cuda = selection.native["cpu"], selection.native["cuda"]
+_on_cpu, _on_cuda = selection.everyday["cpu"], selection.everyday["cuda"]
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -49,6 +49,10 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
+def _way_of(x: Tensor) -> packed.Everyday:
+    return (_on_cpu if x.is_cpu else _on_cuda)[x.dtype]
+
+
 def eager_matmul(
     x: Tensor, matrix: RandomMatrix, in_gain: Tensor | None, out_gain: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
@@ -61,7 +65,7 @@ def eager_matmul(
         if in_gain is out_gain is bias is None:
             if x.requires_grad and _grad_enabled():
                 return _apply_bare(x, matrix)
-            return packed.matmul_bare(x, forms[0])
+            return _way_of(x).matmul_bare(x, forms[0])
         needs_grad = x.requires_grad
         for vector in (in_gain, out_gain, bias):
             if vector is not None:
@@ -70,7 +74,7 @@ def eager_matmul(
                 needs_grad = needs_grad or vector.requires_grad
         if needs_grad and _grad_enabled():
             return _apply(x, in_gain, out_gain, bias, matrix)
-        return packed.matmul(x, in_gain, out_gain, bias, forms[0])
+        return _way_of(x).matmul(x, in_gain, out_gain, bias, forms[0])
     except RuntimeError:  # a shape, a device or a layout that does not fit
         return None
 
@@ -80,16 +84,16 @@ class ModulatedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, in_gain, out_gain, bias, matrix: RandomMatrix) -> Tensor:
-        ctx.matrix = matrix
+        ctx.matrix, ctx.way = matrix, _way_of(x)
         needs = ctx.needs_input_grad
         # x is needed for the gradients of gains only.
         ctx.save_for_backward(x if needs[1] or needs[2] else None, in_gain, out_gain)
-        return packed.matmul(x, in_gain, out_gain, bias, matrix._packed[0])
+        return ctx.way.matmul(x, in_gain, out_gain, bias, matrix._packed[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, in_gain, out_gain = ctx.saved_tensors
-        return *_gradients(ctx.needs_input_grad[:4], dy, x, in_gain, out_gain, ctx.matrix), None
+        return *_gradients(ctx.needs_input_grad[:4], dy, x, in_gain, out_gain, ctx), None
 
 
 class RandomMatmul(torch.autograd.Function):
@@ -97,44 +101,44 @@ class RandomMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: RandomMatrix) -> Tensor:
-        ctx.matrix = matrix
-        return packed.matmul_bare(x, matrix._packed[0])
+        ctx.matrix, ctx.way = matrix, _way_of(x)
+        return ctx.way.matmul_bare(x, matrix._packed[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        dx, *_ = _gradients((True, False, False, False), dy, None, None, None, ctx.matrix)
+        dx, *_ = _gradients((True, False, False, False), dy, None, None, None, ctx)
         return dx, None
 
 
 _apply, _apply_bare = plain_apply(ModulatedMatmul), plain_apply(RandomMatmul)
 
 
-def _gradients(needs, dy, x, in_gain, out_gain, matrix: RandomMatrix) -> tuple:
+def _gradients(needs, dy, x, in_gain, out_gain, ctx: Any) -> tuple:
     """To x, in_gain, out_gain and bias: None for each that does not need one."""
+    matrix, way = ctx.matrix, ctx.way
     if _grad_enabled() or not _is_plain(dy):  # the backward pass is itself recorded, or watched
-        return _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix)
+        return _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix, way.backend)
     need_x, need_in, need_out, need_bias = needs
     dx = d_in = d_out = d_bias = None
     forward, transpose = packed.pack(matrix)
     if need_in:
-        dx, d_in = packed.gain_grad(dy, out_gain, in_gain, x, need_x, transpose)
+        dx, d_in = way.gain_grad(dy, out_gain, in_gain, x, need_x, transpose)
         dx = dx if need_x else None
     elif need_x:
-        dx = packed.matmul(dy, out_gain, in_gain, None, transpose)
+        dx = way.matmul(dy, out_gain, in_gain, None, transpose)
     if need_out:
-        _, d_out = packed.gain_grad(x, in_gain, None, dy, False, forward)
+        _, d_out = way.gain_grad(x, in_gain, None, dy, False, forward)
     if need_bias:
         rows = dy if dy.ndim == 2 else dy.reshape(-1, matrix.rows)
         d_bias = rows.to(_F32).sum(0)
     return dx, d_in, d_out, d_bias
 
 
-def _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix: RandomMatrix) -> tuple:
+def _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix: RandomMatrix, backend: str) -> tuple:
     """The same by the differentiable primitives, which take rows and banks in two dimensions."""
     in_bank, out_bank = (None if gain is None else gain.unsqueeze(0) for gain in (in_gain, out_gain))
     rows = None if x is None else x.reshape(-1, matrix.cols)
-    # The backend of the device's name: no other's call comes here.
-    dx, *d_banks = OPERATORS[dy.device.type].gradients(
+    dx, *d_banks = OPERATORS[backend].gradients(
         needs, dy.reshape(-1, matrix.rows), rows, in_bank, out_bank, None, 1, primitives.dense_args(matrix)
     )
     dx = None if dx is None else dx.reshape(*dy.shape[:-1], matrix.cols)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nmkern import RandomMatrix, environment, explain, modulated_linear, use_backend
-from nmkern.backends import cuda, selection, triton
+from nmkern.backends import cuda, packed, selection, triton
 from nmkern.cli import main
 
 DENSE = RandomMatrix(6, 4, seed=1)
@@ -50,7 +50,7 @@ def machine(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     environment.read.cache_clear()
     monkeypatch.setattr(selection, "_choices", {})
-    monkeypatch.setitem(selection.native, "cuda", set())
+    monkeypatch.setitem(selection.everyday, "cuda", {})
     monkeypatch.setattr(triton, "_installed", lambda: True)
 
     def make(*rows, wide=False, capability=(9, 0), error=None):
@@ -136,17 +136,18 @@ def test_with_wgmma_every_batch_is_its_own(machine, monkeypatch):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_everyday_calls_take_the_short_way(machine, wide):
-    """See nmkern.ops.eager. Not with another backend forced, nor for what it does not compute."""
+    """See nmkern.ops.eager: the backend's own, but for what it does not compute."""
     machine(16, wide=wide)
-    known = selection.native["cuda"]
+    known = selection.everyday["cuda"]
     for dtype in (*DTYPES, torch.float64):
         for family in ("uniform", "sparse"):
             selection.select(family, dtype, "cuda")
-    assert known == set(DTYPES)
+    assert known == dict.fromkeys(DTYPES, packed.everyday("cuda"))
     with use_backend("triton"):
+        assert known == {}
         selection.select("uniform", torch.float32, "cuda")
-        assert known == set()
-    assert known == set()
+        assert known == {torch.float32: triton.everyday()}
+    assert known == {}
 
 
 def test_the_rows_can_be_set(machine):

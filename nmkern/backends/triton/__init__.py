@@ -14,6 +14,7 @@ import torch
 
 from nmkern import environment
 from nmkern.backends import primitives
+from nmkern.backends.packed import Everyday
 
 primitives.define("triton")
 
@@ -51,6 +52,11 @@ def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:
 
 def kernel() -> str:
     return "triton (interpreted)" if _interpreted() else "triton"
+
+
+def everyday() -> Everyday:
+    """How everyday eager calls are made."""
+    return importlib.import_module("nmkern.backends.triton.eager").EVERYDAY
 
 
 def launcher(primitive: str) -> Callable[..., Any]:
