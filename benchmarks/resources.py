@@ -159,7 +159,9 @@ def _prepare(dtype: str, gained: bool = False, bank: bool = False):
     if plan.scaled:
         given |= {"stride_if": 1, "IN_BANK": bank}
         pointers |= {"row_scale": "*fp32"} | ({"in_gain": "*fp32"} if gained else {})
-    return plan.prepare.kernel, given, pointers | ({"context": "*i64"} if bank else {}), 4
+    if bank:
+        pointers |= {"context": "*i64"}
+    return plan.prepare.kernel, given, pointers, given["num_warps"]
 
 
 def _finish(grad: bool):

@@ -146,7 +146,7 @@ struct Eager {
     STD_TORCH_CHECK(tensor.device() == x.device(), name, ": expected the device of x");
   }
 
-  // What an operator of Triton's returns first, given these and the arguments that the matrix holds.
+  // What an operator of Triton's returns for these arguments and those that the matrix holds.
   template <class... Arguments>
   auto handed_on(const char* name, const Tensor& matrix, const Arguments&... arguments) const {
     const auto* v = static_cast<const int64_t*>(matrix.const_data_ptr());

@@ -224,12 +224,12 @@ def prepare_rows_kernel(
     row = m
     if IN_BANK:
         row = context_rows(context, m, M, contexts) * stride_it
-    most = tl.zeros([BM], tl.float32)
+    magnitudes = tl.zeros([BM, TILES * BR], tl.float32)
     for first in range(0, tiles, TILES):
         k, tile, i = _places(first, r_skip, TAG, TRANSPOSED, BR, TILES)
         value = _gained(x, in_gain, m, row, k, M, K, stride_xm, stride_xr, stride_if, IN_BANK)
-        finite = tl.where(tl.abs(value) < float("inf"), tl.abs(value), 0.0)
-        most = tl.maximum(most, tl.max(finite, axis=1))
+        magnitudes = tl.maximum(magnitudes, tl.where(tl.abs(value) < float("inf"), tl.abs(value), 0.0))
+    most = tl.max(magnitudes, axis=1)
     # 2^(14 - e) for a largest of exponent e, biased; both it and its inverse are normal numbers.
     exponent = tl.minimum(2 * 127 + 14 - (most.to(tl.int32, bitcast=True) >> 23), 253)
     scale = (exponent << 23).to(tl.float32, bitcast=True)

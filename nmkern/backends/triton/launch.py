@@ -39,7 +39,8 @@ _PROGRAMS = 264
 _LEAST_STEPS = 8
 FINISH_ROWS, FINISH_COLS = 16, 64
 _LEAST_TILES = 4  # tiles of FINISH_ROWS rows that are worth a program of their own
-PREPARED = 2048  # values that a program of a kernel that prepares x takes at a time
+# Values that a program of prepare_kernel takes, and of prepare_rows_kernel at a time, which has whole rows.
+PREPARED, PREPARED_OF_ROWS = 2048, 8192
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -134,8 +135,9 @@ def _plan(
     }
     prepare = {**both, "BM": max(1, PREPARED // step), "num_warps": 4}
     if scaled:
-        at_once = min(triton.next_power_of_2(steps), PREPARED // step)
-        prepare |= {"BM": PREPARED // (step * at_once), "TILES": at_once, "PARTS": parts}
+        at_once = min(triton.next_power_of_2(steps), PREPARED_OF_ROWS // step)
+        some = PREPARED_OF_ROWS // (step * at_once)
+        prepare |= {"BM": some, "TILES": at_once, "PARTS": parts, "num_warps": 8}
     prepare_kernel = dense.prepare_rows_kernel if scaled else dense.prepare_kernel
     halves = (signed32(half) for half in key)
     numbers = (outputs, reduction, *halves, *places, chunk, steps, m_blocks, o_blocks)
