@@ -40,10 +40,10 @@ struct Dense {
 // Two kernels compute it: skinny for small batches, on every GPU since sm_80, and wide for large ones, on
 // sm_90a.
 
-// Scratch that the call needs, in bytes: at most most_scratch, or where that is more what all rows (skinny),
-// or 128 of them (wide), take: two float16 for each element of x, a float for each row and for each output. A
-// gain_grad by context, of more than 128 rows, takes 384 bytes and a byte for each context for each 128 rows:
-// skinny's on top of its limit.
+// Scratch that the call needs, in bytes: at most most_scratch, or where that is more half of it and what all
+// rows (skinny), or 128 of them (wide), take: two float16 for each element of x, a float for each row and for
+// each output. A gain_grad by context, of more than 128 rows, takes 384 bytes and a byte for each context for
+// each 128 rows: skinny's on top of its limit.
 int64_t skinny_scratch(const Dense& call);
 int64_t wide_scratch(const Dense& call);
 

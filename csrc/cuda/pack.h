@@ -97,14 +97,14 @@ NMKERN_DEVICE void pack_row(const Pack& p, Machine& machine, uint32_t* largest) 
       p.in_gain.data ? p.in_gain.data + bank_row(p.in_gain, p.context, m) * p.reduction : nullptr;
   if (machine.thread() == 0) *largest = 0;
   machine.wait();
-  uint32_t most = 0;  // magnitudes are ordered as their bits are
+  uint32_t most = 0;  // magnitudes are ordered as their bits are; where one is not finite, no result is
   for (int64_t first = machine.thread() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
     float v[kPacked];
     packed_values(p, machine, m, gain, first, v);
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) {
       const uint32_t magnitude = bits_of(v[i]) & 0x7FFFFFFF;
-      if (magnitude < 0x7F800000 && magnitude > most) most = magnitude;
+      if (magnitude > most) most = magnitude;
     }
   }
   machine.maximum(largest, most);

@@ -19,21 +19,24 @@ constexpr int64_t aligned_up(int64_t bytes) { return ceil_div(bytes, kAlignment)
 // float32.
 inline bool is_operand(const Dense& call) { return call.x.dtype != Dtype::float32 && !call.in_gain.data; }
 
+// Whether rows of x begin at multiples of so many bytes.
+inline bool rows_at(const Dense& call, int64_t bytes) {
+  const int64_t size = call.x.dtype == Dtype::float32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(call.x.data) % bytes == 0 &&
+         (call.batch == 1 || call.x.row_stride * size % bytes == 0);
+}
+
 // Whether it is, in whole patches, each of a row aligned to its size.
 inline bool is_aligned(const Dense& call, int64_t skip, int patch) {
-  const auto multiple = [&](int64_t elements) { return elements % std::min(patch, 8) == 0; };
   return is_operand(call) && call.x.col_stride == 1 && skip == 0 && call.inputs() % patch == 0 &&
-         multiple(call.x.row_stride) &&
-         reinterpret_cast<uintptr_t>(call.x.data) % (2 * std::min(patch, 8)) == 0;
+         rows_at(call, 2 * std::min(patch, 8));
 }
 
 // Whether rows of x and in_gain can be read kPacked elements, 16 bytes or twice 16, at a time.
 inline bool in_vectors(const Dense& call) {
-  const bool wide = call.x.dtype == Dtype::float32;
-  const bool x = call.x.col_stride == 1 && call.x.row_stride % (wide ? 4 : 8) == 0 &&
-                 reinterpret_cast<uintptr_t>(call.x.data) % 16 == 0;
-  return x && (!call.in_gain.data ||
-               (call.inputs() % 4 == 0 && reinterpret_cast<uintptr_t>(call.in_gain.data) % 16 == 0));
+  return call.x.col_stride == 1 && rows_at(call, 16) &&
+         (!call.in_gain.data ||
+          (call.inputs() % 4 == 0 && reinterpret_cast<uintptr_t>(call.in_gain.data) % 16 == 0));
 }
 
 struct Packing {
@@ -59,6 +62,12 @@ inline Packing packing_of(const Dense& call, int parts, int64_t skip, int patch,
   packing.pack = {call.x,  call.in_gain, call.context, call.batch, call.inputs(), skip,
                   vectors, parts,        scaled,       nullptr,    row_stride,    nullptr};
   return packing;
+}
+
+// Scratch that a call's sums may take, which decides how often the reduction is split: what x leaves, but
+// half of it in any case. A reduction in one piece would leave most of a GPU idle.
+inline int64_t sums_bytes(const Dense& call, const Packing& packing) {
+  return std::max(call.most_scratch - packing.most_bytes(), call.most_scratch / 2);
 }
 
 // The product's x, packed into `scratch` where it is.

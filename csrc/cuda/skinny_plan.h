@@ -69,7 +69,7 @@ Plan plan_of(const Dense& call) {
   constexpr int64_t kLeastSteps = kLeastReduction / C::kStep;
   const int64_t wanted = std::max<int64_t>(
       1, std::min({kBlocks / (plan.blocks_x * plan.blocks_z), steps / std::max<int64_t>(1, kLeastSteps),
-                   (call.most_scratch - plan.packing.most_bytes()) / (4 * call.batch * stride)}));
+                   sums_bytes(call, plan.packing) / (4 * call.batch * stride)}));
   const int64_t split_steps = ceil_div(ceil_div(steps, wanted), C::kUnroll) * C::kUnroll;
   plan.splits = ceil_div(steps, split_steps);
   plan.partial_bytes = aligned_up(plan.splits * call.batch * stride * 4);

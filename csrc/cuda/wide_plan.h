@@ -40,8 +40,7 @@ WidePlan wide_plan_of(const Dense& call) {
   p.turns = ceil_div(reduction_skip + call.inputs(), C::kTurn);
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
-  const int64_t left =
-      call.most_scratch - plan.packing.most_bytes() - index_bytes(finish_of(call, 1, stride, output_skip));
+  const int64_t left = sums_bytes(call, plan.packing) - index_bytes(finish_of(call, 1, stride, output_skip));
   const int64_t wanted =
       std::max<int64_t>(1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
                                      p.turns * C::kTurn / std::max<int64_t>(C::kTurn, kWideLeastReduction),

@@ -39,7 +39,8 @@ def modulated_linear(
     Args:
         x: float32, float64, bfloat16 or float16, any number of leading dimensions.
         in_gain, out_gain, bias: features K, N, N; in the dtype of ``x``, or float32 where that is
-            narrower. They are applied in float32 (float64 for float64).
+            narrower. They are applied in float32 (float64 for float64); on a GPU an ``x`` of 16 bits times
+            ``in_gain`` is then multiplied in 11 bits, where PyTorch would round it to the dtype of ``x``.
         context: which row of the banks serves a row of ``x``.
         strength: a number, a scalar tensor, a bank ``[T]`` or one value per row: multiplies the weights.
 

@@ -37,11 +37,24 @@ struct Simulate {
     std::snprintf(name, sizeof name, "%x %d %d %d %d", unsigned(Patch::kFamily), Patch::kTransposed,
                   C::kBatchTiles, int(C::kOperand), C::kParts);
     kernels.insert(name);
+    if (C::kParts != (call.x.dtype == Dtype::float32 ? 2 : 1)) fail("tensor cores work more than they must");
     const Plan plan = plan_of<C>(call);
     most_splits = std::max(most_splits, plan.splits);
     run_product<C>(call, AlignedScratch(plan.scratch_bytes()).data);
   }
 };
+
+// However large x is, its sums keep a GPU at work.
+void check_splits() {
+  for (Dtype dtype : {Dtype::float32, Dtype::bfloat16}) {
+    const Dense call = large_call(16, int64_t{1} << 21, dtype);
+    const int64_t blocks = with_config(call, [&]<class C>() {
+      const Plan plan = plan_of<C>(call);
+      return plan.splits * plan.blocks_x;
+    });
+    if (blocks < 132) fail("a large x leaves " + std::to_string(blocks) + " blocks");
+  }
+}
 
 void check_hash() {
   std::mt19937_64 random(2);
@@ -60,6 +73,7 @@ void check_hash() {
 int main() {
   check_layout();
   check_hash();
+  check_splits();
   std::set<std::string> kernels;
   int64_t most_splits = 0;
   const int64_t cases =

@@ -55,6 +55,7 @@ struct Case {
   bool product = true;  // with grad: is y wanted
   int64_t most_scratch = Dense{}.most_scratch;
   int64_t contexts = 3;
+  int64_t offset = 0;  // elements between an aligned address and x
 };
 
 // The exact product by the definition; every step of it is an integer below 2^24.
@@ -83,8 +84,9 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
       x[m * row_stride + k * c.stride] = !wide                               ? integer(4)
                                          : random() % uint64_t(c.inputs) < 3 ? integer(21000)
                                                                              : 0;
-  Buffer<uint32_t> storage(elements + 4);
-  auto* data = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(storage.data()) + 15) & ~15ul);
+  Buffer<uint32_t> storage(elements + c.offset + 4, 0xFFFFFFFF);  // NaN in every dtype, where x is not
+  const auto aligned = (reinterpret_cast<uintptr_t>(storage.data()) + 15) & ~15ul;
+  auto* data = reinterpret_cast<void*>(aligned + c.offset * (c.dtype == Dtype::float32 ? 4 : 2));
   call.x = {data, c.dtype, row_stride, c.stride};
   for (int64_t m = 0; m < c.batch; ++m)
     for (int64_t k = 0; k < c.inputs; ++k) {
@@ -164,11 +166,18 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   }
 }
 
-// One weight, +-1, and float32 that strains its parts: what is not finite, the largest, a small one.
+// One weight, +-1, and float32 that strains its parts: what is not finite, the largest, ever smaller ones.
 template <class Execute>
 void check_extremes(const Execute& execute) {
-  Buffer<float> x = {std::numeric_limits<float>::infinity(), std::bit_cast<float>(0x7F800001u),
-                     std::numeric_limits<float>::max(), 0x1.fffffep-100f};
+  Buffer<float> x = {std::numeric_limits<float>::infinity(),
+                     std::bit_cast<float>(0x7F800001u),
+                     std::numeric_limits<float>::max(),
+                     0x1.fffffep-100f,
+                     0x1p-112f,
+                     0x1.234566p-120f,
+                     0x1p-126f,
+                     0x1.2344p-133f,
+                     0x1p-149f};
   Buffer<float> y(x.size(), 0.0f);
   Dense call{};
   call.family = Family::rademacher;
@@ -261,6 +270,16 @@ void check_gained(const Execute& execute, Family family, bool transposed, Dtype 
   });
 }
 
+// A call of more elements of x than sums may take scratch for, which is not to be run.
+inline Dense large_call(int64_t batch, int64_t inputs, Dtype dtype) {
+  Dense call{};
+  call.family = Family::uniform;
+  call.rows = 512, call.cols = inputs;
+  call.batch = batch;
+  call.x = {nullptr, dtype, inputs, 1};
+  return call;
+}
+
 // The house bound of a relative error of 2e-6 at K = 8192 (../formula.py, ../ops/test_modulated_linear.py
 // says what it leaves room for), which one chain of truncated sums misses ten times over.
 template <class Execute>
@@ -286,7 +305,9 @@ int64_t check_all(const Execute& execute) {
     for (bool transposed : {false, true}) {
       check_ranges(execute, family, transposed, 20);
       check_accuracy(execute, family, transposed, 3);
-      cases += 2;
+      for (Dtype dtype : {Dtype::bfloat16, Dtype::float16})
+        check_gained(execute, family, transposed, dtype, 20);
+      cases += 4;
     }
   std::mt19937_64 random(1);
   const auto run = [&](const Case& c) {
@@ -321,6 +342,28 @@ int64_t check_all(const Execute& execute) {
       run_grad(9, 17, Dtype::float32, true, Grad::each, true);
       run_grad(1, 1, Dtype::float32, false, Grad::context, false);
     }
+  // From the stream's begin on, where x may be read 16 bytes at a time: rows that end or begin within them.
+  for (bool transposed : {false, true}) {
+    const auto run_aligned = [&](int64_t inputs, Dtype dtype, bool modulated, int64_t padding,
+                                 int64_t offset = 0, int64_t stride = 1) {
+      Case c{Family::uniform, transposed, 0, 0, inputs, 21, 5, dtype, modulated, padding, stride};
+      c.offset = offset;
+      run(c);
+    };
+    for (bool modulated : {false, true}) {
+      for (int64_t inputs : {12, 100}) run_aligned(inputs, Dtype::float32, modulated, 4);
+      run_aligned(36, Dtype::float32, modulated, 1);
+      run_aligned(16, Dtype::float32, modulated, 0, 2);
+      run_aligned(16, Dtype::float32, modulated, 0, 0, 2);
+      run_aligned(128, Dtype::bfloat16, modulated, 4);
+      run_aligned(128, Dtype::float16, modulated, 0, 4);
+      run_aligned(128, Dtype::float16, modulated, 0, 1);
+      run_aligned(128, Dtype::bfloat16, modulated, 0, 0, 2);
+    }
+    run({Family::uniform, transposed, 0, 0, 128, 21, 1, Dtype::bfloat16, false, 3});  // whatever its stride
+    run_aligned(12, Dtype::bfloat16, true, 4);
+    run_aligned(13, Dtype::float32, true, 3);
+  }
   return cases;
 }
 
@@ -344,9 +387,7 @@ int64_t check_large(const Execute& execute) {
       run({family, transposed, 0, 0, 160, 64, 65, Dtype::float32, true});  // vectors of x and in_gain
       run({family, transposed, 0, 0, 160, 64, 65, Dtype::float16, true});
       check_accuracy(execute, family, transposed, 65);
-      for (Dtype dtype : {Dtype::bfloat16, Dtype::float16})
-        check_gained(execute, family, transposed, dtype, 20);
-      cases += 3;
+      ++cases;
       run({family, transposed, 1, 9, 130, 33, 150, Dtype::bfloat16, true});  // a row of out_gain for each row
       run({family, transposed, 1, 9, 130, 33, 151, Dtype::bfloat16, true});  // in_gain by context
       for (Grad grad : {Grad::one, Grad::each, Grad::context})

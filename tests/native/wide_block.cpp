@@ -27,7 +27,9 @@ struct Simulate {
     AlignedScratch scratch(wide_scratch_of<C>(call));
     Dense least = part_of(call, 0, std::min(call.batch, kBatchRows));
     least.most_scratch = 0;
-    if (scratch.bytes > std::max(call.most_scratch, wide_plan_of<C>(least).scratch_bytes()))
+    const int64_t x_bytes = wide_plan_of<C>(part_of(call, 0, wide_rows<C>(call))).packing.bytes();
+    if (scratch.bytes > std::max({call.most_scratch, x_bytes + call.most_scratch / 2,
+                                  wide_plan_of<C>(least).scratch_bytes()}))
       fail("scratch is more than its limit");
     for_each_part<C>(call, scratch.data, [&](const WidePlan& plan) {
       indexed += index_bytes(plan.product.finish) > 0 && wide_rows<C>(call) < call.batch;
@@ -40,6 +42,10 @@ struct Simulate {
 }  // namespace
 
 int main() {
+  const Dense large = large_call(128, int64_t{1} << 18, Dtype::float32);  // of 128 MiB in float16
+  const int64_t blocks =
+      with_wide_config(large, [&]<class C>() { return wide_plan_of<C>(large).product.tiles; });
+  if (blocks < 66) fail("a large x leaves " + std::to_string(blocks) + " blocks");
   std::set<std::string> kernels;
   int64_t most_splits = 0, direct = 0, indexed = 0;
   const auto execute = [&](const Dense& call) {

@@ -22,7 +22,7 @@ def test_float32_error_at_k_8192(backend, family, transposed):
     by unsigned codes and subtracted the mean at the end would lose a factor of sqrt(K).
     """
     if backend == "triton" and not torch.cuda.is_available():
-        pytest.skip("the interpreter multiplies in float32, without the three parts that this is about")
+        pytest.skip("the interpreter multiplies in float32, without the parts that this is about")
     matrix = RandomMatrix(*((8192, 96) if transposed else (96, 8192)), seed=4, family=family)
     matrix = matrix.T if transposed else matrix
     weights = stored_weights(matrix)

@@ -228,7 +228,7 @@ def prepare_rows_kernel(
     for first in range(0, tiles, TILES):
         k, tile, i = _places(first, r_skip, TAG, TRANSPOSED, BR, TILES)
         value = _gained(x, in_gain, m, row, k, M, K, stride_xm, stride_xr, stride_if, IN_BANK)
-        magnitudes = tl.maximum(magnitudes, tl.where(tl.abs(value) < float("inf"), tl.abs(value), 0.0))
+        magnitudes = tl.maximum(magnitudes, tl.abs(value))  # where one is not finite, no result is
     most = tl.max(magnitudes, axis=1)
     # 2^(14 - e) for a largest of exponent e, biased; both it and its inverse are normal numbers.
     exponent = tl.minimum(2 * 127 + 14 - (most.to(tl.int32, bitcast=True) >> 23), 253)
