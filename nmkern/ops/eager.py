@@ -1,11 +1,11 @@
 """The everyday call of modulated_linear: plain tensors in eager mode, gains and bias as vectors.
 
-CPU tensors, and CUDA tensors. The checks, the operator's arguments
-and the node of the graph are most of a small call's time, so this way has the fewest of each. In microseconds
-at 64 x 64 and M = 1 on one machine: checks 1.1, entering the operator 0.7, allocating the result 0.6, the
-product 0.6, and where a gradient is needed the node 2.9; in all 3.1 and 6.0, where torch's own linear layer
-took 2.5 and 3.1, and the checked way three times ours. On CUDA tensors, with launches that took no time, a
-call took the host 4.5, with an in_gain and a bias 5.8, and the checked way 14 and 22.
+CPU tensors, and CUDA tensors. The checks, the operator's arguments and the node of the graph are most of a
+small call's time, so this way has the fewest of each. In microseconds at 64 x 64 and M = 1 on one machine:
+checks 1.1, entering the operator 0.7, allocating the result 0.6, the product 0.6, and where a gradient is
+needed the node 2.9; in all 3.1 and 6.0, where torch's own linear layer took 2.5 and 3.1, and the checked way
+three times ours. On CUDA tensors, with launches that took no time, a call took the host 4.5, with an in_gain
+and a bias 5.8, and the checked way 14 and 22.
 
 The invariant: it computes what the checked way computes, bit for bit, and declines (None) whatever it
 does not know to be plain or right; the checked way then serves the call, or words the error.
@@ -35,37 +35,34 @@ _autocast = torch._C._is_any_autocast_enabled
 _on_cpu, _on_cuda = selection.everyday["cpu"], selection.everyday["cuda"]
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether no subclass, mode or transform has a say in a call with x, and the kernels can read it."""
-    return (
+def _way_of(x: Tensor) -> packed.Everyday | None:
+    """How calls with x are made; None where a subclass, mode or transform has a say, or no kernel reads x."""
+    if (
         not _compiling()  # first: what follows is not for the compiler to trace
         and type(x) in _PLAIN
-        and (x.dtype in _on_cpu if x.is_cpu else x.is_cuda and x.dtype in _on_cuda)
         and (x.ndim == 2 or x.is_contiguous())
         and not _dispatch_modes()
         and not _function_modes()
         and _transform() is None
         and forward_ad._current_level < 0
-    )
-
-
-def _way_of(x: Tensor) -> packed.Everyday:
-    return (_on_cpu if x.is_cpu else _on_cuda)[x.dtype]
+    ):
+        return _on_cpu.get(x.dtype) if x.is_cpu else _on_cuda.get(x.dtype) if x.is_cuda else None
+    return None
 
 
 def eager_matmul(
     x: Tensor, matrix: RandomMatrix, in_gain: Tensor | None, out_gain: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """``modulated_linear`` without context and strength; None where the checked way has to take the call."""
-    if not _is_plain(x) or _autocast() or type(matrix) is not RandomMatrix:
+    if not (way := _way_of(x)) or _autocast() or type(matrix) is not RandomMatrix:
         return None
     if not (forms := matrix._packed or packed.pack(matrix)):
         return None
     try:
         if in_gain is out_gain is bias is None:
             if x.requires_grad and _grad_enabled():
-                return _apply_bare(x, matrix)
-            return _way_of(x).matmul_bare(x, forms[0])
+                return _apply_bare(x, matrix, way)
+            return way.matmul_bare(x, forms[0])
         needs_grad = x.requires_grad
         for vector in (in_gain, out_gain, bias):
             if vector is not None:
@@ -73,8 +70,8 @@ def eager_matmul(
                     return None
                 needs_grad = needs_grad or vector.requires_grad
         if needs_grad and _grad_enabled():
-            return _apply(x, in_gain, out_gain, bias, matrix)
-        return _way_of(x).matmul(x, in_gain, out_gain, bias, forms[0])
+            return _apply(x, in_gain, out_gain, bias, matrix, way)
+        return way.matmul(x, in_gain, out_gain, bias, forms[0])
     except RuntimeError:  # a shape, a device or a layout that does not fit
         return None
 
@@ -83,31 +80,31 @@ class ModulatedMatmul(torch.autograd.Function):
     """The node of a call with gains or bias."""
 
     @staticmethod
-    def forward(ctx: Any, x, in_gain, out_gain, bias, matrix: RandomMatrix) -> Tensor:
-        ctx.matrix, ctx.way = matrix, _way_of(x)
+    def forward(ctx: Any, x, in_gain, out_gain, bias, matrix: RandomMatrix, way: packed.Everyday) -> Tensor:
+        ctx.matrix, ctx.way = matrix, way
         needs = ctx.needs_input_grad
         # x is needed for the gradients of gains only.
         ctx.save_for_backward(x if needs[1] or needs[2] else None, in_gain, out_gain)
-        return ctx.way.matmul(x, in_gain, out_gain, bias, matrix._packed[0])
+        return way.matmul(x, in_gain, out_gain, bias, matrix._packed[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         x, in_gain, out_gain = ctx.saved_tensors
-        return *_gradients(ctx.needs_input_grad[:4], dy, x, in_gain, out_gain, ctx), None
+        return *_gradients(ctx.needs_input_grad[:4], dy, x, in_gain, out_gain, ctx), None, None
 
 
 class RandomMatmul(torch.autograd.Function):
     """The node of a call without: fewer arguments and nothing to save, 0.7 of 10 microseconds less."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: RandomMatrix) -> Tensor:
-        ctx.matrix, ctx.way = matrix, _way_of(x)
-        return ctx.way.matmul_bare(x, matrix._packed[0])
+    def forward(ctx: Any, x: Tensor, matrix: RandomMatrix, way: packed.Everyday) -> Tensor:
+        ctx.matrix, ctx.way = matrix, way
+        return way.matmul_bare(x, matrix._packed[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
         dx, *_ = _gradients((True, False, False, False), dy, None, None, None, ctx)
-        return dx, None
+        return dx, None, None
 
 
 _apply, _apply_bare = plain_apply(ModulatedMatmul), plain_apply(RandomMatmul)
@@ -116,7 +113,7 @@ _apply, _apply_bare = plain_apply(ModulatedMatmul), plain_apply(RandomMatmul)
 def _gradients(needs, dy, x, in_gain, out_gain, ctx: Any) -> tuple:
     """To x, in_gain, out_gain and bias: None for each that does not need one."""
     matrix, way = ctx.matrix, ctx.way
-    if _grad_enabled() or not _is_plain(dy):  # the backward pass is itself recorded, or watched
+    if _grad_enabled() or not _way_of(dy):  # the backward pass is itself recorded, or watched
         return _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix, way.backend)
     need_x, need_in, need_out, need_bias = needs
     dx = d_in = d_out = d_bias = None
