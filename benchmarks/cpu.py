@@ -9,6 +9,7 @@ BATCHES = (1, 2, 4, 6, 8, 10, 12, 13, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 FEW_BATCHES = (1, 4, 8, 16, 64, 256, 1024)
 QUICK_BATCHES = (1, 4, 16, 64)
 DTYPES = (torch.float32, torch.bfloat16)
+_FOUR_BITS = 64  # rows up to which PyTorch's product with 4-bit weights is measured: it is meant for few
 # A rival so much slower is not followed to larger batches: without AVX-512, PyTorch's product of bfloat16
 # with an untransposed weight (its backward pass) takes half a second a row at 8192 x 8192.
 _HOPELESS = 50
@@ -34,7 +35,10 @@ def dense(report: Report, layer: cases.Layer, batches: tuple[int, ...], seconds:
                 if (dtype, transposed) in hopeless:
                     continue
                 target = _target(m, dtype, layer.matrix.family)
-                ratios = cases.product(report, layer, m, dtype, transposed, seconds, target)
+                against = ["stored"]
+                if dtype == torch.bfloat16 and not transposed and m <= _FOUR_BITS:
+                    against.append("int4")  # not of normal
+                ratios = cases.product(report, layer, m, dtype, transposed, seconds, target, against=against)
                 if ratios["stored"] > _HOPELESS:
                     hopeless.add((dtype, transposed))
 

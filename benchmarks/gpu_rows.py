@@ -21,8 +21,10 @@ from nmkern.bench.plan import Outcome, Row
 from nmkern.bench.rows import not_timed
 
 BF16, F32 = torch.bfloat16, torch.float32
+FOUR_BITS = ("stored", "int4")  # up to _SMALL rows
+_SMALL = 64
 # In the rows of a few batches; a missing one is named there.
-RIVALS = ("stored", "generate", "fast_jl", "bitsandbytes", "torchao", "marlin")
+RIVALS = ("stored", "int4", "generate", "fast_jl", "bitsandbytes", "torchao", "marlin")
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,23 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
     def layer(size: int, family: str) -> cases.Layer:
         return cases.Layer(size, size, family, extent.device, copies=extent.calls)
 
-    def dense(size: int, batches, family="uniform", dtype=BF16, generate: tuple[int, ...] = ()):
+    def dense(
+        size: int, batches, family="uniform", dtype=BF16, against=("stored",), all_of: tuple[int, ...] = ()
+    ):
+        """``against`` on the way forward up to 64 rows, all rivals at the batches of ``all_of``."""
         for m in batches:
             for transposed in (False, True):
+                these = ("stored",)
+                if not transposed and m in all_of:
+                    these = RIVALS
+                elif not transposed and m <= _SMALL:
+                    these = against
                 way = "linear, transposed" if transposed else "linear"
                 yield Row(
                     f"{way} M={m} {size}x{size} {cases.name_of(dtype)} {family}",
                     # Generating 16384 x 16384 weights by NumPy takes some 10 s on 16 cores.
                     3 + 10 * extent.seconds + (size / 8192) ** 2 * (4 if m == min(batches) else 0),
-                    lambda m=m, transposed=transposed: cases.product(
+                    lambda m=m, transposed=transposed, these=these: cases.product(
                         report,
                         layer(size, family),
                         m,
@@ -116,7 +126,7 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
                         extent.seconds,
                         target(m, family, dtype),
                         extent.calls,
-                        against=RIVALS if m in generate and not transposed else ("stored",),
+                        against=these,
                     ),
                 )
 
@@ -140,16 +150,16 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
     small, large = min(extent.sizes), max(extent.sizes)
     short = 3 + 10 * extent.seconds
     yield Row("copy", short, lambda: cases.copy(report, extent.copied, extent.seconds, extent.device))
-    yield from dense(small, extent.first, generate=extent.few)
+    yield from dense(small, extent.first, against=FOUR_BITS, all_of=extent.few)
     for size in extent.sizes[1:]:
-        yield from dense(size, extent.first)
+        yield from dense(size, extent.first, against=FOUR_BITS)
     for m in extent.huge_batches:
         yield Row(
             f"huge M={m}",
             20,
             lambda m=m: huge.measure(report, extent.huge, m, BF16, extent.device, extent.seconds),
         )
-    yield from dense(small, extent.few, "rademacher")
+    yield from dense(small, extent.few, "rademacher", against=FOUR_BITS)
     if both:
         yield from by(report, "triton", dense(small, (*extent.border, *extent.large)))
         for kernel in ("mma.sync", "wgmma") if hopper else ("mma.sync",):

@@ -33,10 +33,10 @@ def read(path: Path) -> list[dict]:
     return list(latest.values())
 
 
-def _ratio(rows: list[dict], name: str, m: int, dtype: str, family: str) -> str:
+def _ratio(rows: list[dict], name: str, m: int, dtype: str, family: str, rival: str = "stored") -> str:
     for row in rows:
         if (row["name"], row["m"], row["dtype"], row["family"]) == (name, m, dtype, family):
-            return f"{row['ratios']['stored']:.1f}"
+            return f"{row['ratios'][rival]:.1f}" if rival in row["ratios"] else "not measured"
     return "not measured"
 
 
@@ -58,7 +58,11 @@ def table(rows: list[dict]) -> str:
             cells = [_ratio(rows, "linear", m, dtype, family) for m in _SHOWN]
             lines.append(f"| {family}, {dtype} | " + " | ".join(cells) + " |")
     cells = [_ratio(rows, "linear, transposed", m, "float32", "uniform") for m in _SHOWN]
-    return "\n".join([*lines, "| uniform, float32, transposed | " + " | ".join(cells) + " |"])
+    lines.append("| uniform, float32, transposed | " + " | ".join(cells) + " |")
+    if any("int4" in row["ratios"] for row in rows):
+        cells = [_ratio(rows, "linear", m, "bfloat16", "uniform", "int4") for m in _SHOWN]
+        lines.append("| uniform, bfloat16, the same weights in PyTorch's int4 | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def others(machines: list[list[dict]]) -> str:

@@ -33,10 +33,44 @@ def test_what_needs_no_other_package_passes_its_gate(family, m):
     calls, not_timed, own = rivals.prepare(names, operands(family, m))
     want = {"sparse": {"dense", "csr", "sklearn"}, "rademacher": {"stored", "generate", "sklearn"}}
     assert calls.keys() == want.get(family, {"stored", "generate", "numpy", "sklearn"})
-    assert not_timed == (
-        {"numpy": "refused: needs family uniform or normal"} if family == "rademacher" else {}
-    )
+    refused = {
+        "uniform": {"int4": "refused: needs dtype bfloat16"},
+        "rademacher": {
+            "numpy": "refused: needs family uniform or normal",
+            "int4": "refused: needs dtype bfloat16",
+        },
+    }
+    assert not_timed == refused.get(family, {})
     assert set(own) == calls.keys() & {"generate", "numpy"}
+
+
+@pytest.mark.parametrize("family", ["uniform", "rademacher"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_pytorchs_4_bits_hold_our_weights(family, transposed):
+    # Products with unit vectors are weights: those of the rival differ from ours by the factor's rounding.
+    layer = cases.Layer(256, 128 * 2, family)
+    matrix = layer.matrix.T if transposed else layer.matrix
+    x = torch.eye(matrix.cols, dtype=torch.bfloat16)
+    weights = matrix.materialize(torch.float64)
+    given = Operands(
+        matrix,
+        [x],
+        lambda: [w.T if transposed else w for w in layer.stored(torch.bfloat16)],
+        weights.T,
+        cases.BOUNDS[torch.bfloat16],
+    )
+    calls, not_timed, own = rivals.prepare(["int4"], given)
+    assert not_timed == {} and own == ()
+    factor = torch.tensor(matrix.factor).bfloat16().item()
+    assert torch.equal(calls["int4"](), (weights.T / matrix.factor).round().mul(factor).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "needs"), [(200, 64, "inputs in multiples of 128"), (256, 40, "outputs in multiples of 16")]
+)
+def test_pytorchs_4_bits_say_which_sizes_they_take(k, n, needs):
+    _, not_timed, _ = rivals.prepare(["int4"], operands(k=k, n=n, dtype=torch.bfloat16))
+    assert not_timed["int4"].startswith(f"refused: needs {needs}")
 
 
 @pytest.mark.slow

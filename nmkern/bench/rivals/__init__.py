@@ -57,6 +57,9 @@ _RIVALS = (
         needs("fast_jl", package="fast_jl", device="cuda"),
         own_weights=True,
     ),
+    Rival(
+        "int4", "PyTorch's product with the same weights in 4 bits", ("uniform", "rademacher"), quantized.int4
+    ),
     *(
         Rival(
             name,

@@ -1,7 +1,9 @@
-"""Rivals on a GPU that keep the weights in 4 bits: bitsandbytes, torchao, Marlin.
+"""Rivals that keep the weights in 4 bits: PyTorch itself, and on a GPU bitsandbytes, torchao, Marlin.
 
-They round our weights to their own 4-bit grid (its 16 levels are not ours), so each is checked against
-the matrix that it really multiplies by.
+    w = scale * (level - 8) + zero        PyTorch's levels, 0 to 15; a scale and a zero a group, bfloat16
+
+PyTorch's grid has our 16 levels, so it is given our weights, whose one factor it rounds. The others round
+our weights to a grid of their own; each is checked against the matrix that it really multiplies by.
 """
 
 import torch
@@ -23,6 +25,28 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     layer = nn.Linear(k, n, bias=False, dtype=weight.dtype, device="meta")
     layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     return layer
+
+
+def int4(operands: Operands) -> Product:
+    aten, device = torch.ops.aten, operands.device
+    operands.require(device=("cpu", "cuda"), dtype=(torch.bfloat16,))
+    _check_shape(operands)
+    n, factor = operands.matrix.rows, operands.matrix.factor
+    if n % 16:
+        raise RefusedError(f"needs outputs in multiples of 16, not {n}")
+    stored = operands.stored()
+    levels = (stored[0].contiguous() / factor).round().add(15).div(2)  # of codes, odd integers
+    if device == "cpu":
+        packed = aten._convert_weight_to_int4pack_for_cpu(levels.int(), 1)
+        multiply = aten._weight_int4pack_mm_for_cpu
+    else:
+        pairs = levels.to(torch.uint8)
+        packed = aten._convert_weight_to_int4pack(pairs[:, ::2] << 4 | pairs[:, 1::2], 8)
+        multiply = aten._weight_int4pack_mm
+    groups = operands.matrix.cols // _GROUP
+    scale_and_zero = stored[0].new_tensor([2 * factor, factor]).expand(groups, n, 2).contiguous()
+    weights = in_turn([packed, *(packed.clone() for _ in stored[1:])])
+    return Product(lambda x: multiply(x, next(weights), _GROUP, scale_and_zero), operands.inputs)
 
 
 def bitsandbytes(operands: Operands) -> Product:
