@@ -82,4 +82,31 @@ inline Operand place(Packing& packing, const Dense& call, unsigned char* scratch
           pack.row_scale, call.batch,      pack.row_stride};
 }
 
+template <Family family, bool transposed, class Use>
+auto with_operands(const Dense& call, const Use& use) {
+  if (call.x.dtype == Dtype::float32) return use.template operator()<family, transposed, Dtype::float16, 2>();
+  return call.x.dtype == Dtype::float16 || !is_operand(call)
+             ? use.template operator()<family, transposed, Dtype::float16, 1>()
+             : use.template operator()<family, transposed, Dtype::bfloat16, 1>();
+}
+
+template <Family family, class Use>
+auto with_operands(const Dense& call, const Use& use) {
+  return call.transposed ? with_operands<family, true>(call, use) : with_operands<family, false>(call, use);
+}
+
+// Calls use.template operator()<family, transposed, operand, parts>() with what a call multiplies: its weights,
+// and an element of x as so many parts of the tensor cores' dtype `operand`.
+template <class Use>
+auto with_operands(const Dense& call, const Use& use) {
+  switch (call.family) {
+    case Family::rademacher:
+      return with_operands<Family::rademacher>(call, use);
+    case Family::uniform:
+      return with_operands<Family::uniform>(call, use);
+    default:
+      return with_operands<Family::normal>(call, use);
+  }
+}
+
 }  // namespace nmkern::cuda

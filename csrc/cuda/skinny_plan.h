@@ -88,36 +88,15 @@ Plan plan_of(const Dense& call) {
 
 // Calls use.template operator()<Config>() with the Config that serves a call. This is the table of kernels:
 // tiles of 8 to 64 rows, of float32 up to 32, as 64 would take more registers than there are.
-template <Family family, bool transposed, Dtype operand, int parts, class Use>
-auto with_tiles(const Dense& call, const Use& use) {
-  if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, operand, parts>>();
-  if (call.batch <= 16) return use.template operator()<Config<family, transposed, 2, operand, parts>>();
-  if constexpr (parts == 1)
-    if (call.batch > 32) return use.template operator()<Config<family, transposed, 8, operand, parts>>();
-  return use.template operator()<Config<family, transposed, 4, operand, parts>>();
-}
-
-template <Family family, bool transposed, class Use>
-auto with_config(const Dense& call, const Use& use) {
-  if (call.x.dtype == Dtype::float32) return with_tiles<family, transposed, Dtype::float16, 2>(call, use);
-  return call.x.dtype == Dtype::float16 || !is_operand(call)
-             ? with_tiles<family, transposed, Dtype::float16, 1>(call, use)
-             : with_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
-}
-
 template <class Use>
 auto with_config(const Dense& call, const Use& use) {
-  switch (call.family) {
-    case Family::rademacher:
-      return call.transposed ? with_config<Family::rademacher, true>(call, use)
-                             : with_config<Family::rademacher, false>(call, use);
-    case Family::uniform:
-      return call.transposed ? with_config<Family::uniform, true>(call, use)
-                             : with_config<Family::uniform, false>(call, use);
-    default:
-      return call.transposed ? with_config<Family::normal, true>(call, use)
-                             : with_config<Family::normal, false>(call, use);
-  }
+  return with_operands(call, [&]<Family family, bool transposed, Dtype operand, int parts>() {
+    if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, operand, parts>>();
+    if (call.batch <= 16) return use.template operator()<Config<family, transposed, 2, operand, parts>>();
+    if constexpr (parts == 1)
+      if (call.batch > 32) return use.template operator()<Config<family, transposed, 8, operand, parts>>();
+    return use.template operator()<Config<family, transposed, 4, operand, parts>>();
+  });
 }
 
 }  // namespace nmkern::cuda

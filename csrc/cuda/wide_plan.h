@@ -114,39 +114,15 @@ inline Dense part_of(const Dense& call, int64_t first, int64_t rows) {
 
 // Calls use.template operator()<WideConfig>() with the one that serves a call: tiles of 32 to 128 rows, of up
 // to 64 of float32.
-template <Family family, bool transposed, Dtype operand, int parts, class Use>
-auto with_wide_tiles(const Dense& call, const Use& use) {
-  if (call.batch <= 32) return use.template operator()<WideConfig<family, transposed, 4, operand, parts>>();
-  if constexpr (parts == 1)
-    if (call.batch > 64) return use.template operator()<WideConfig<family, transposed, 16, operand, parts>>();
-  return use.template operator()<WideConfig<family, transposed, 8, operand, parts>>();
-}
-
-template <Family family, bool transposed, class Use>
-auto with_wide_operand(const Dense& call, const Use& use) {
-  if (call.x.dtype == Dtype::float32)
-    return with_wide_tiles<family, transposed, Dtype::float16, 2>(call, use);
-  return call.x.dtype == Dtype::float16 || !is_operand(call)
-             ? with_wide_tiles<family, transposed, Dtype::float16, 1>(call, use)
-             : with_wide_tiles<family, transposed, Dtype::bfloat16, 1>(call, use);
-}
-
-template <Family family, class Use>
-auto with_wide_config(const Dense& call, const Use& use) {
-  return call.transposed ? with_wide_operand<family, true>(call, use)
-                         : with_wide_operand<family, false>(call, use);
-}
-
 template <class Use>
 auto with_wide_config(const Dense& call, const Use& use) {
-  switch (call.family) {
-    case Family::rademacher:
-      return with_wide_config<Family::rademacher>(call, use);
-    case Family::uniform:
-      return with_wide_config<Family::uniform>(call, use);
-    default:
-      return with_wide_config<Family::normal>(call, use);
-  }
+  return with_operands(call, [&]<Family family, bool transposed, Dtype operand, int parts>() {
+    if (call.batch <= 32) return use.template operator()<WideConfig<family, transposed, 4, operand, parts>>();
+    if constexpr (parts == 1)
+      if (call.batch > 64)
+        return use.template operator()<WideConfig<family, transposed, 16, operand, parts>>();
+    return use.template operator()<WideConfig<family, transposed, 8, operand, parts>>();
+  });
 }
 
 template <class C>
