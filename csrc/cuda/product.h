@@ -51,6 +51,18 @@ NMKERN_DEVICE uint16_t half_of(float value, Dtype dtype) {
 #endif
 }
 
+// Two of them, the first in the low half: an instruction for each dtype, and a choice.
+NMKERN_DEVICE uint32_t halves_of(float first, float second, Dtype dtype) {
+#if defined(__CUDACC__)
+  const __half2 half = __floats2half2_rn(first, second);
+  const __nv_bfloat162 bfloat = __floats2bfloat162_rn(first, second);
+  return dtype == Dtype::float16 ? reinterpret_cast<const uint32_t&>(half)
+                                 : reinterpret_cast<const uint32_t&>(bfloat);
+#else
+  return half_of(first, dtype) | uint32_t{half_of(second, dtype)} << 16;
+#endif
+}
+
 NMKERN_DEVICE void write_element(const Matrix& a, int64_t row, int64_t col, float value) {
   const int64_t at = row * a.row_stride + col * a.col_stride;
   if (a.dtype == Dtype::float32) {

@@ -148,11 +148,20 @@ NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t bat
   }
 }
 
+// A thread loads an entry and stores its 32 copies, four at a time; neighbours begin at different ones, so
+// that no bank is met twice. (A copy at a time, every load waited for the device's memory: 16 times in turn.)
 template <Dtype kOperand, int threads, class Machine>
 NMKERN_DEVICE void stage_table(const Machine& machine, unsigned char* shared) {
-  for (int i = machine.thread(); i < 256 * kLanes; i += threads)
-    *reinterpret_cast<uint32_t*>(shared + i / kLanes * kEntryBytes + i % kLanes * 4) =
-        machine.table().template code<kOperand>(i / kLanes);
+  struct alignas(16) Copies {
+    uint32_t code[4];
+  };
+  constexpr int kStores = kLanes / 4;
+  for (int u = machine.thread(); u < 256; u += threads) {
+    const uint32_t code = machine.table().template code<kOperand>(u);
+#pragma unroll
+    for (int i = 0; i < kStores; ++i)
+      *reinterpret_cast<Copies*>(shared + u * kEntryBytes + (i + u) % kStores * 16) = {code, code, code, code};
+  }
 }
 
 // The loop that the time goes into: hash a patch, decode, multiply by the batch, from step `first` of the
@@ -222,14 +231,45 @@ NMKERN_DEVICE void add_sums(Sums (&to)[count], const Sums (&from)[count]) {
   for (int i = 0; i < count; ++i) add_sums<Machine>(to[i], from[i]);
 }
 
-// What the sums of row m are multiplied by, a power of two: they come in units of the codes, and of the row
-// where it is scaled.
-template <class C, class Call>
-NMKERN_DEVICE float sum_scale(const Call& p, int64_t m) {
-  constexpr float kScale = 1 / unit<C::Patch::kFamily, C::kOperand>();
-  if constexpr (C::kScaled)
-    if (p.row_scale) return p.row_scale[m] * kScale;
-  return kScale;
+// What the sums of a lane's rows of kTiles batch tiles, from `first` on, are multiplied by: powers of two, for
+// they come in units of the codes, and of the row where it is scaled. Loaded at once, for no load can pass a
+// store; of more tiles, the kernels for large batches spill.
+template <class C>
+struct SumScales {
+  static constexpr int kTiles = C::kBatchTiles < 2 ? C::kBatchTiles : 2;
+  float scale[kTiles][2];
+
+  template <class Call, class Machine>
+  NMKERN_DEVICE SumScales(const Call& p, const Machine& machine, int64_t batch_first, int first) {
+    constexpr float kScale = 1 / unit<C::Patch::kFamily, C::kOperand>();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        scale[tile][e] = kScale;
+        if constexpr (C::kScaled) {
+          const int64_t m = batch_first + 8 * (first + tile) + c_col(machine.lane(), e);
+          if (p.row_scale && m < p.batch) scale[tile][e] = p.row_scale[m] * kScale;
+        }
+      }
+  }
+};
+
+// use(tile, e, m, scale) for the rows m of a lane's sums [tile][e], with what those are multiplied by.
+template <class C, class Call, class Machine, class Use>
+NMKERN_DEVICE void for_each_row(const Call& p, const Machine& machine, int64_t batch_first, const Use& use) {
+  using Scales = SumScales<C>;
+#pragma unroll
+  for (int first = 0; first < C::kBatchTiles; first += Scales::kTiles) {
+    const Scales scales(p, machine, batch_first, first);
+#pragma unroll
+    for (int tile = 0; tile < Scales::kTiles; ++tile)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int64_t m = batch_first + 8 * (first + tile) + c_col(machine.lane(), e);
+        if (m < p.batch) use(first + tile, e, m, scales.scale[tile][e]);
+      }
+  }
 }
 
 // The sums of a lane: runs of consecutive outputs, four of them a store.
@@ -238,26 +278,21 @@ NMKERN_DEVICE void write_partial(const Call& p, const Machine& machine, int64_t 
                                  int64_t first_patch, int slice, int64_t split_index, const Sums& sums) {
   using Patch = typename C::Patch;
   constexpr int kPatchOutputs = Patch::kTransposed ? Patch::kColumns : kRowsPerPatch;
+  for_each_row<C>(p, machine, batch_first, [&](int tile, int e, int64_t m, float scale) {
 #pragma unroll
-  for (int group = 0; group < C::kGroups; ++group)
+    for (int group = 0; group < C::kGroups; ++group) {
+      const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * Patch::kFields;
+      float* to = p.partial + (split_index * p.batch + m) * p.partial_stride + n;
 #pragma unroll
-    for (int tile = 0; tile < C::kBatchTiles; ++tile)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t m = batch_first + 8 * tile + c_col(machine.lane(), e);
-        if (m >= p.batch) continue;
-        const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * Patch::kFields;
-        float* to = p.partial + (split_index * p.batch + m) * p.partial_stride + n;
-        const float scale = sum_scale<C>(p, m);
-#pragma unroll
-        for (int output = 0; output < Patch::kOutputs; output += 4) {
-          // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
-          const auto& first = sums[group][output / 2][tile];
-          const auto& second = sums[group][output / 2 + 1][tile];
-          machine.store(to + output, first[e] * scale, first[2 + e] * scale, second[e] * scale,
-                        second[2 + e] * scale);
-        }
+      for (int output = 0; output < Patch::kOutputs; output += 4) {
+        // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
+        const auto& first = sums[group][output / 2][tile];
+        const auto& second = sums[group][output / 2 + 1][tile];
+        machine.store(to + output, first[e] * scale, first[2 + e] * scale, second[e] * scale,
+                      second[2 + e] * scale);
       }
+    }
+  });
 }
 
 template <class C, class Machine>

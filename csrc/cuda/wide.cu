@@ -106,12 +106,10 @@ struct Hopper : Warp {
   NMKERN_DEVICE void store_outputs(const Matrix& y, int64_t m, int64_t n, const float (&v)[4]) const {
     const int64_t at = m * y.row_stride + n;
     if (y.dtype == Dtype::float32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(y.data) + at) = make_float4(v[0], v[1], v[2], v[3]);
+      store(static_cast<float*>(y.data) + at, v[0], v[1], v[2], v[3]);
     } else {
-      uint2 bits;
-      bits.x = low_halves(half_of(v[0], y.dtype), half_of(v[1], y.dtype));
-      bits.y = low_halves(half_of(v[2], y.dtype), half_of(v[3], y.dtype));
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(y.data) + at) = bits;
+      const uint2 bits = make_uint2(halves_of(v[0], v[1], y.dtype), halves_of(v[2], v[3], y.dtype));
+      __stcg(reinterpret_cast<uint2*>(static_cast<uint16_t*>(y.data) + at), bits);
     }
   }
 };

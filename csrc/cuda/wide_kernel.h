@@ -2,7 +2,7 @@
 //
 //   sums[n, m] = sum over the k of a split: code[n, k] * (x[m, k] * in_gain[c, k])              (consume)
 //   y[m, n] = (factor * sums[n, m]) * out_gain[c, n] + bias[c, n], or partial[s, m, n] = sums[n, m]
-//   both of sums that sum_scale has taken out of their unit
+//   both of sums that SumScales has taken out of their unit
 //
 //   x -> (pack, where it is not multiplied as it is) -> produce -> shared memory, a ring of stages -> consume
 //   -> y
@@ -273,23 +273,17 @@ NMKERN_DEVICE void write_outputs(const WideProduct& p, const Machine& machine, i
   };
   if (f.out_gain.rows == 1) load(f.out_gain, 0, gain);
   if (f.bias.rows == 1) load(f.bias, 0, bias);
+  for_each_row<C>(p, machine, batch_first, [&](int tile, int e, int64_t m, float scale) {
+    if (f.out_gain.rows > 1) load(f.out_gain, m, gain);
+    if (f.bias.rows > 1) load(f.bias, m, bias);
+    float y[4];
 #pragma unroll
-  for (int tile = 0; tile < C::kBatchTiles; ++tile)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t m = batch_first + 8 * tile + c_col(machine.lane(), e);
-      if (m >= p.batch) continue;
-      if (f.out_gain.rows > 1) load(f.out_gain, m, gain);
-      if (f.bias.rows > 1) load(f.bias, m, bias);
-      const float scale = sum_scale<C>(p, m);
-      float y[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float z = Machine::rounded_product(sums[0][i / 2][tile][i % 2 * 2 + e] * scale, f.factor);
-        y[i] = Machine::rounded_sum(Machine::rounded_product(z, gain[i]), bias[i]);
-      }
-      machine.store_outputs(f.y, m, n, y);
+    for (int i = 0; i < 4; ++i) {
+      const float z = Machine::rounded_product(sums[0][i / 2][tile][i % 2 * 2 + e] * scale, f.factor);
+      y[i] = Machine::rounded_sum(Machine::rounded_product(z, gain[i]), bias[i]);
     }
+    machine.store_outputs(f.y, m, n, y);
+  });
 }
 
 template <class C, class Machine>
