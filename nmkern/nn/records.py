@@ -106,7 +106,9 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bo
         )
 
 
-def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True):
+def load_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+):
     """``model.load_state_dict`` for any module tree, but all or nothing.
 
     RuntimeError, and no tensor changed, where a matrix of the checkpoint is not the model's (stream
@@ -114,4 +116,4 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: boo
     with fewer contexts than the checkpoint grows.
     """
     check_state_dict(model, state_dict, strict)
-    return model.load_state_dict(state_dict, strict)
+    return model.load_state_dict(state_dict, strict, assign)

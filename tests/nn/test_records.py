@@ -15,6 +15,7 @@ from nmkern.nn import (
     ModulatedLinear,
     SparseProjection,
     add_context,
+    context_parameters,
     finish_context,
     num_contexts,
     use_context,
@@ -177,12 +178,16 @@ def test_growing_keeps_the_dtype_of_the_model():
     assert {v.dtype for k, v in other.state_dict().items() if not k.endswith(RECORD)} == {torch.float64}
 
 
-def test_loading_with_assign():
-    model, other = trained("layer"), layer()
-    other.load_state_dict(model.state_dict(), assign=True)
-    x = normals((4, 9), generator(1))
+@every_builder
+def test_loading_with_assign(name):
+    model, other = trained(name), BUILDERS[name]()
+    state = model.state_dict()
+    load(other, state, assign=True)
+    x = normals((4, INPUTS[name]), generator(1))
     assert torch.equal(forward(other, x, 1), forward(model, x, 1))
-    assert [name for name, _ in other.contexts[0].named_parameters()] == []
+    assert snapshot(other)[2] == [True, False] and context_parameters(other, 0) == []
+    taken = {key for key, value in other.state_dict().items() if value.data_ptr() == state[key].data_ptr()}
+    assert taken == {key for key in state if not key.endswith(RECORD)}
 
 
 def test_not_strict_takes_what_is_there():
