@@ -38,8 +38,8 @@ class StoredLinear(ModulatedLinear):
             layer.in_features,
             layer.out_features,
             layer._has_bias,
-            layer._like.device,
-            layer._like.dtype,
+            layer.like.device,
+            layer.like.dtype,
             contexts=len(layer.contexts),
             seed=layer.matrix.seed,
             family=layer.matrix.family,
@@ -53,7 +53,7 @@ class StoredLinear(ModulatedLinear):
         self.load_state_dict(layer.state_dict())
         self.selected = layer.selected
         self.train(layer.training)
-        self.register_buffer("weight", self.matrix.materialize(self._like.dtype, self._like.device))
+        self.register_buffer("weight", self.matrix.materialize(self.like.dtype, self.like.device))
 
     def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
         selected = self.selected if context is None else context
@@ -109,7 +109,7 @@ class StoredFlyNet(ContextModule):
         super().__init__()
         self.hidden_features = net.hidden_features
         self.decoder = StoredLinear(net.decoder)
-        like = self.decoder._like
+        like = self.decoder.like
         self.encoder = StoredProjection(net.encoder, layout, like.dtype, like.device)
 
     def hidden(self, x: Tensor) -> Tensor:

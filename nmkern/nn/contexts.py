@@ -81,14 +81,19 @@ class ContextLayer(MatrixModule, ContextModule):
     def context(self, index: int) -> Context:
         return cast(Context, self.contexts[index])
 
-    def new_context(self, index: int) -> dict[str, Tensor]:
-        """The initial tensors of context ``index``."""
+    @property
+    def like(self) -> Tensor:
+        """A tensor of context 0: contexts added later are born on its device and in its dtype."""
+        return next(iter(self.context(0).tensors().values()))
+
+    def new_context(self, index: int, like: Tensor) -> dict[str, Tensor]:
+        """The initial tensors of context ``index``, on the device and in the dtype of ``like``."""
         raise NotImplementedError
 
-    def grow(self, contexts: int) -> None:
-        """Add contexts until there are ``contexts`` of them."""
+    def grow(self, contexts: int, like: Tensor | None = None) -> None:
+        """Add contexts until there are ``contexts`` of them; the first needs a ``like``."""
         for index in range(len(self.contexts), contexts):
-            self.contexts.append(Context(self.new_context(index)))
+            self.contexts.append(Context(self.new_context(index, self.like if like is None else like)))
 
     def context_tensors(self, context: int | Tensor) -> dict[str, Tensor]:
         """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""

@@ -45,8 +45,6 @@ class ModulatedLinear(ContextLayer):
     ``RandomMatrix`` does.
     """
 
-    _like: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -79,11 +77,9 @@ class ModulatedLinear(ContextLayer):
         self.init = init
         self._has_bias = bias
         self._has_strength = strength
-        # Follows .to(), so that contexts added later are born on the right device and dtype.
-        self.register_buffer("_like", torch.empty(0, device=device, dtype=dtype), persistent=False)
-        self.grow(contexts)
+        self.grow(contexts, torch.empty(0, device=device, dtype=dtype))
 
-    def new_context(self, index: int) -> dict[str, Tensor]:
+    def new_context(self, index: int, like: Tensor) -> dict[str, Tensor]:
         tensors = {}
         for name in _GAINS[self.gain]:
             features = self.in_features if name == "in_gain" else self.out_features
@@ -92,7 +88,7 @@ class ModulatedLinear(ContextLayer):
             tensors["strength"] = self._initial("strength", index, 1)[0]
         if self._has_bias:
             tensors["bias"] = torch.zeros(self.out_features)
-        return {name: value.to(self._like) for name, value in tensors.items()}
+        return {name: value.to(like) for name, value in tensors.items()}
 
     def _initial(self, name: str, index: int, features: int) -> Tensor:
         if self.init == "ones":

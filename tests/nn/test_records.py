@@ -190,6 +190,21 @@ def test_loading_with_assign(name):
     assert taken == {key for key in state if not key.endswith(RECORD)}
 
 
+@every_builder
+def test_loading_with_assign_into_a_model_on_the_meta_device(name):
+    """As low-memory loading does it: what the model then is, grown contexts included, is the checkpoint's."""
+    model = trained(name).to(torch.float16)
+    add_context(model)
+    with torch.device("meta"):
+        other = BUILDERS[name](contexts=1)
+    load(other, model.state_dict(), assign=True)
+    other.to("cpu")  # nothing of it is left on the meta device
+    assert snapshot(other)[2] == [True, False, False]
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    born = context_parameters(other, add_context(other))
+    assert {(p.device.type, p.dtype) for p in born} == {("cpu", torch.float16)}
+
+
 def test_not_strict_takes_what_is_there():
     model, other = trained("layer"), layer()
     state = model.state_dict()
