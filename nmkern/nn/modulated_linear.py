@@ -83,20 +83,21 @@ class ModulatedLinear(ContextLayer):
         tensors = {}
         for name in _GAINS[self.gain]:
             features = self.in_features if name == "in_gain" else self.out_features
-            tensors[name] = self._initial(name, index, features)
+            tensors[name] = self._initial(name, index, features, like)
         if self._has_strength:
-            tensors["strength"] = self._initial("strength", index, 1)[0]
+            tensors["strength"] = self._initial("strength", index, 1, like)[0]
         if self._has_bias:
-            tensors["bias"] = torch.zeros(self.out_features)
-        return {name: value.to(like) for name, value in tensors.items()}
+            tensors["bias"] = like.new_zeros(self.out_features)
+        return tensors
 
-    def _initial(self, name: str, index: int, features: int) -> Tensor:
-        if self.init == "ones":
-            return torch.ones(features)
+    def _initial(self, name: str, index: int, features: int, like: Tensor) -> Tensor:
+        # Made where it stays: on the meta device that takes no time and no memory.
+        if self.init == "ones" or like.is_meta:
+            return like.new_ones(features)
         seed = self.matrix.seed ^ _INIT_STREAM[name]
         scale = math.sqrt(2 / (features + 1))
         rows = RandomMatrix(index + 1, features, seed=seed, family="normal", scale=scale)
-        return rows[index:].materialize()[0]
+        return rows[index:].materialize()[0].to(like)
 
     def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
         selected = self.selected if context is None else context

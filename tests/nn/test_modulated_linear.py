@@ -7,6 +7,7 @@ import pytest
 import torch
 from formula import Expected, generator, normals
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmkern import RandomMatrix
 from nmkern.nn import ModulatedLinear
@@ -188,6 +189,31 @@ def test_meta_device_holds_shapes_only():
     layer = ModulatedLinear(2**20, 2**20, device="meta")
     layer.add_context()
     assert {p.device.type for p in layer.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("init", ["ones", "xavier_normal"])
+def test_nothing_is_made_for_the_meta_device(init):
+    """No tensor anywhere else on the way, and no weight drawn: 2^33 features take no memory and no time."""
+    seen = set()
+
+    class Devices(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor):
+                seen.add(made.device.type)
+            return made
+
+    def no_weight(*arguments):
+        raise AssertionError("a weight was drawn")
+
+    with pytest.MonkeyPatch.context() as patch, Devices():
+        patch.setattr(RandomMatrix, "materialize", no_weight)
+        arguments = {"gain": "both", "strength": True, "init": init, "contexts": 2}
+        layer = ModulatedLinear(9, 2**33, device="meta", **arguments)
+        with torch.device("meta"):
+            layer.add_context()
+            ModulatedLinear(2**33, 9, **arguments)
+    assert seen == {"meta"}
 
 
 def test_gradients_reach_the_selected_context_only(backend_once):
