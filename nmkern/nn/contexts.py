@@ -33,12 +33,28 @@ class Context(nn.Module):
             self.register_buffer(name, parameter.detach().clone())
         self.finished = True
 
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into the tensors, which stay the same objects."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(_sharded_as(tensor, values[name]))
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order given."""
         # What torch.nn.Module.__getattr__ finds, in a third of its time. A parametrization or a wrapper
         # takes a name out of here and answers for it itself.
         held: Mapping[str, Any] = self._buffers if self.finished else self._parameters
         return {name: held[name] if name in held else getattr(self, name) for name in self._names}
+
+
+def _sharded_as(tensor: Any, value: Tensor) -> Tensor:
+    """``value`` in the parts of ``tensor``, where that is a DTensor, which takes no other."""
+    if not hasattr(tensor, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every rank has made all values: each takes its part without asking another.
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 class ContextModule(nn.Module):
@@ -83,8 +99,9 @@ class ContextLayer(MatrixModule, ContextModule):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of context 0: contexts added later are born on its device and in its dtype."""
-        return next(iter(self.context(0).tensors().values()))
+        """An empty tensor like those of context 0: contexts added later get its device and dtype."""
+        first = next(iter(self.context(0).tensors().values()))
+        return torch.empty(0, device=first.device, dtype=first.dtype)
 
     def new_context(self, index: int, like: Tensor) -> dict[str, Tensor]:
         """The initial tensors of context ``index``, on the device and in the dtype of ``like``."""
@@ -94,6 +111,17 @@ class ContextLayer(MatrixModule, ContextModule):
         """Add contexts until there are ``contexts`` of them; the first needs a ``like``."""
         for index in range(len(self.contexts), contexts):
             self.contexts.append(Context(self.new_context(index, self.like if like is None else like)))
+
+    def reset_parameters(self) -> None:
+        """Give every context its initial values again, those of its index, in place.
+
+        What torch.nn.utils.skip_init and sharding from the meta device call after ``to_empty``. Finished
+        contexts are left as they are, frozen: after ``to_empty`` only a checkpoint has their values.
+        """
+        for index in range(len(self.contexts)):
+            context = self.context(index)
+            if not context.finished:
+                context.fill(self.new_context(index, self.like))
 
     def context_tensors(self, context: int | Tensor) -> dict[str, Tensor]:
         """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""

@@ -7,7 +7,11 @@ import pytest
 import torch
 from formula import generator, normals
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nmkern.models import FlyNet
 from nmkern.nn import (
     ModulatedLinear,
     SparseProjection,
@@ -85,6 +89,68 @@ def test_context_parameters_are_those_of_one_context():
     finish_context(model, 1)
     assert context_parameters(model, 1) == []
     assert {id(p) for p in model.parameters()} == {id(p) for p in [*sets[0], *sets[2]]}
+
+
+# Initial values again
+
+
+def started(build):
+    """A model made on the meta device and started as torch.nn.utils.skip_init and FSDP do."""
+    with torch.device("meta"):
+        model = build()
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value.fill_(torch.nan)  # what was in that memory
+    reset(model)
+    return model
+
+
+def reset(model):
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+@pytest.mark.parametrize(
+    "build", [network, lambda: FlyNet(6, 3, contexts=2, fan_in=2)], ids=["layers", "flynet"]
+)
+def test_a_model_from_the_meta_device_starts_with_the_initial_values(build):
+    want, model = build(), started(build)
+    assert same(list(model.parameters()), list(want.parameters()))
+    assert torch.equal(model(X), want(X))
+
+
+def test_resetting_keeps_the_parameters_and_finished_contexts():
+    model = filled(network(3))
+    finish_context(model, 1)
+    parameters, before = list(model.parameters()), bits(model, 1)
+    reset(model)
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert same(bits(model, 1), before)
+    for index in (0, 2):
+        assert same(bits(model, index), bits(network(3), index))
+    skipped = nn.utils.skip_init(ModulatedLinear, 8, 6, contexts=2, dtype=torch.float64)
+    reset(skipped)
+    assert same(bits(skipped, 1), bits(ModulatedLinear(8, 6, dtype=torch.float64), 0))
+
+
+@pytest.mark.parametrize("init", ["ones", "xavier_normal"])
+def test_resetting_a_sharded_model_fills_the_part_that_each_rank_holds(init):
+    def build():
+        return ModulatedLinear(8, 6, gain="both", contexts=2, init=init)
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        with torch.device("meta"):
+            model = build()
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        model.to_empty(device="cpu")
+        reset(model)
+        parts = [p.to_local() for p in model.parameters()]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert same(parts, [p.chunk(2)[1] for p in build().parameters()])
 
 
 # Selecting
