@@ -8,11 +8,19 @@ Only context and strength are learned: ``hidden_features + 1`` numbers a task.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmkern.nn import ModulatedLinear, SparseProjection
 from nmkern.nn.contexts import ContextModule
 from nmkern.ops.flynet import flynet, flynet_hidden
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what ``kind`` does and nothing else, so that it need not be made."""
+    state = module.__dict__
+    return type(module) is kind and "forward" not in state and not any(state[name] for name in _HOOKS)
 
 
 class FlyNet(ContextModule):
@@ -63,9 +71,15 @@ class FlyNet(ContextModule):
 
     def hidden(self, x: Tensor) -> Tensor:
         """The representation r that every task shares: ``[..., hidden_features]``."""
-        return flynet_hidden(x, self.encoder.matrix)
+        if _is_plain(self.encoder, SparseProjection):
+            return flynet_hidden(x, self.encoder.matrix)
+        m = self.encoder(x)
+        return torch.relu(m - m.mean(-1, keepdim=True))
 
     def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
+        if not (_is_plain(self.encoder, SparseProjection) and _is_plain(self.decoder, ModulatedLinear)):
+            hidden = self.hidden(x)
+            return self.decoder(hidden) if context is None else self.decoder(hidden, context)
         selected = self.decoder.selected if context is None else context
         tensors = self.decoder.context_tensors(selected)
         return flynet(

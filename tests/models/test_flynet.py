@@ -10,6 +10,8 @@ from torch import nn
 
 from nmkern import RandomMatrix
 from nmkern.models import FlyNet
+from nmkern.nn import ModulatedLinear, SparseProjection
+from nmkern.ops.sparse_projection import sparse_project
 
 
 class Plain(nn.Module):
@@ -143,6 +145,59 @@ def test_a_batch_may_mix_tasks(backend_once):
     mixed = model(x, tasks)
     for row, task in enumerate(tasks.tolist()):
         assert relative_error(mixed[row], model(x[row], task).detach().double()) <= 2e-6
+
+
+class Doubled(SparseProjection):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Negated(ModulatedLinear):
+    def forward(self, x, context=None):
+        return -super().forward(x, context)
+
+
+def test_a_submodule_that_does_more_than_its_matrix_is_called():
+    """A class of its own, or a forward of its own: no kernel that knows the matrices alone may stand in."""
+    x, plain = normals((4, 16), generator(1)), FlyNet(16, 3, contexts=2)
+    want = [plain(x, 1).detach().double(), plain.hidden(x).double()]
+
+    def check(model, logits, hidden):
+        assert relative_error(model(x, 1), logits * want[0]) <= 2e-6
+        assert relative_error(model.hidden(x), hidden * want[1]) <= 2e-6
+        with model.use_context(1):
+            assert torch.equal(model(x), model(x, 1))
+
+    check(plain, 1, 1)
+    model = FlyNet(16, 3, contexts=2)
+    model.encoder = Doubled(16, 160, 7)
+    check(model, 2, 2)
+    model.encoder.forward = lambda x: 3 * sparse_project(x, model.encoder.matrix)
+    check(model, 3, 3)
+    model = FlyNet(16, 3, contexts=2)
+    model.decoder.__class__ = Negated
+    check(model, -1, 1)
+
+
+HOOKS = {
+    "forward": lambda m, seen: m.register_forward_hook(lambda *_: seen.append(1)),
+    "forward pre": lambda m, seen: m.register_forward_pre_hook(lambda *_: seen.append(1)),
+    "backward": lambda m, seen: m.register_full_backward_hook(lambda *_: seen.append(1)),
+    "backward pre": lambda m, seen: m.register_full_backward_pre_hook(lambda *_: seen.append(1)),
+}
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_the_submodules_are_called(hook, name):
+    model, seen = FlyNet(16, 3), []
+    x = normals((4, 16), generator(1)).requires_grad_()
+    handle = HOOKS[hook](model.get_submodule(name), seen)
+    model(x).sum().backward()
+    assert seen == [1]
+    handle.remove()
+    model(x).sum().backward()
+    assert seen == [1]
 
 
 def test_dtypes_and_classes_of_weights():
