@@ -19,6 +19,7 @@ from nmkern.models import FlyNet
 from nmkern.nn import ModulatedLinear, SparseProjection
 from nmkern.nn.contexts import ContextModule
 from nmkern.nn.records import MatrixModule
+from nmkern.ops.checks import check_context
 
 Layout = Literal["dense", "csr"]
 # What PyTorch warns of at the first CSR tensor, the latter from 2.11 on.
@@ -59,7 +60,8 @@ class StoredLinear(ModulatedLinear):
         selected = self.selected if context is None else context
         tensors = self.context_tensors(selected)
         if isinstance(selected, Tensor):
-            tensors = {name: bank[selected] for name, bank in tensors.items()}
+            rows = check_context(selected, x)  # as int64: an index of uint8 would be taken for a mask
+            tensors = {name: bank[rows] for name, bank in tensors.items()}
             if "strength" in tensors:
                 tensors["strength"] = tensors["strength"].unsqueeze(-1)
         y = F.linear(x * tensors["in_gain"] if "in_gain" in tensors else x, self.weight)

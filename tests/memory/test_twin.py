@@ -74,6 +74,17 @@ def test_outputs_and_gradients_are_the_models(kind, layout):
                 close(found, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("kind", ["in", "both", "flynet"])
+def test_a_context_per_row_of_any_integer_dtype(kind, dtype):
+    model, x = build(kind), numbers(6, 24)
+    contexts = torch.tensor([1, 0, 2, 0, 1, 1], dtype=dtype)
+    close(stored_twin(model)(x, contexts), model(x, contexts))
+    for wrong in (contexts.bool(), contexts.float()):
+        with pytest.raises(TypeError, match=r"^context: expected an integer dtype"):
+            stored_twin(model)(x, wrong)
+
+
 def test_weights_are_buffers_and_the_model_is_left_alone():
     model = build("tree")
     before = copy.deepcopy(model.state_dict())
