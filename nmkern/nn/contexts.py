@@ -26,8 +26,18 @@ class Context(nn.Module):
         self._names = tuple(tensors)
         self.finished = False
 
+    def check_plain(self) -> None:
+        """ValueError where a tensor is computed from others, which finishing would leave trainable."""
+        for name in () if self.finished else self._names:
+            if name not in self._parameters:
+                raise ValueError(
+                    f"context: expected plain parameters to finish, got {name} computed from others (make it "
+                    "one: torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove)"
+                )
+
     def finish(self) -> None:
         """Freeze for good: copies the values into buffers, which no optimizer holds."""
+        self.check_plain()
         for name, parameter in list(self.named_parameters()):
             delattr(self, name)
             self.register_buffer(name, parameter.detach().clone())
@@ -218,11 +228,15 @@ def finish_context(model: nn.Module, index: int) -> None:
     """Freeze context ``index`` in every layer for good.
 
     Its parameters become buffers with the same bits and state_dict keys. An optimizer that still
-    holds the old parameters, with momentum, weight decay or any history, moves nothing.
+    holds the old parameters, with momentum, weight decay or any history, moves nothing. ValueError, and
+    nothing changed, where one is not plain but computed, by a parametrization or by pruning.
     """
     _check_index(model, index)
-    for layer in context_layers(model):
-        layer.context(index).finish()
+    contexts = [layer.context(index) for layer in context_layers(model)]
+    for context in contexts:
+        context.check_plain()
+    for context in contexts:
+        context.finish()
 
 
 def select_context(model: nn.Module, context: int | Tensor) -> None:

@@ -9,6 +9,7 @@ from formula import generator, normals
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nmkern.models import FlyNet
@@ -268,6 +269,47 @@ def test_finishing_keeps_bits_keys_and_outputs():
         assert [name for name, _ in layer.contexts[0].named_parameters()] == []
 
 
+class Double(nn.Module):
+    def forward(self, value):
+        return 2 * value
+
+
+@pytest.mark.parametrize(
+    ("compute", "plain"),
+    [
+        (
+            lambda c: nn.utils.parametrize.register_parametrization(c, "out_gain", Double()),
+            lambda c: nn.utils.parametrize.remove_parametrizations(c, "out_gain"),
+        ),
+        (
+            lambda c: nn.utils.parametrizations.weight_norm(c, "out_gain"),
+            lambda c: nn.utils.parametrize.remove_parametrizations(c, "out_gain"),
+        ),
+        (
+            lambda c: prune.l1_unstructured(c, "out_gain", amount=2),
+            lambda c: prune.remove(c, "out_gain"),
+        ),
+    ],
+    ids=["parametrization", "weight_norm", "pruning"],
+)
+def test_what_is_no_plain_parameter_is_not_finished(compute, plain):
+    """Before any layer is: a context is never finished in half of a model."""
+    model = filled(network(1))
+    last = layers(model)[1].contexts[0]
+    compute(last)
+    before, keys, output = bits(model, 0), list(model.state_dict()), model(X)
+    message = "^context: expected plain parameters to finish, got out_gain computed from others"
+    for finish in (lambda: finish_context(model, 0), last.finish):
+        with pytest.raises(ValueError, match=message):
+            finish()
+        assert not any(layer.contexts[0].finished for layer in layers(model))
+        assert list(model.state_dict()) == keys and same(bits(model, 0), before)
+        assert torch.equal(model(X), output)
+    plain(last)
+    finish_context(model, 0)
+    assert same(bits(model, 0), before)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
     "adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.1),
@@ -338,10 +380,6 @@ def test_a_mixed_batch_trains_the_unfinished_contexts_only():
 
 def test_a_context_answers_with_what_a_wrapper_puts_in_its_place():
     """A call reads the tensors of the moment: whatever replaced a parameter, and however."""
-
-    class Double(nn.Module):
-        def forward(self, value):
-            return 2 * value
 
     layer = filled(ModulatedLinear(6, 5, gain="both"))
     gain = layer.contexts[0].in_gain.detach().clone()
