@@ -6,7 +6,7 @@ never moves another, and a finished context is no parameter any more, so no opti
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -49,8 +49,13 @@ class Context(nn.Module):
         for name, tensor in self.tensors().items():
             tensor.copy_(_sharded_as(tensor, values[name]))
 
+    def forward(self) -> None:
+        """Nothing of its own: a call is for the hooks."""
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order given."""
+        if self._forward_pre_hooks:
+            self()  # where pruning and weight_norm compute a tensor anew from what is trained
         # What torch.nn.Module.__getattr__ finds, in a third of its time. A parametrization or a wrapper
         # takes a name out of here and answers for it itself.
         held: Mapping[str, Any] = self._buffers if self.finished else self._parameters
@@ -142,8 +147,8 @@ class ContextLayer(MatrixModule, ContextModule):
             if found is None:
                 raise ValueError(f"context: expected 0 <= context < {len(self.contexts)}, got {context}")
             return found.tensors()
-        names = self.context(0).tensors()
-        return {name: torch.stack([getattr(c, name) for c in self.contexts]) for name in names}
+        banks = [context.tensors() for context in cast(Iterable[Context], self.contexts)]
+        return {name: torch.stack([bank[name] for bank in banks]) for name in banks[0]}
 
     def record(self) -> dict[str, Any]:
         finished = [i for i, context in enumerate(self.contexts) if context.finished]

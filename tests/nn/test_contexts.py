@@ -380,7 +380,6 @@ def test_a_mixed_batch_trains_the_unfinished_contexts_only():
 
 def test_a_context_answers_with_what_a_wrapper_puts_in_its_place():
     """A call reads the tensors of the moment: whatever replaced a parameter, and however."""
-
     layer = filled(ModulatedLinear(6, 5, gain="both"))
     gain = layer.contexts[0].in_gain.detach().clone()
     want = layer(X, 0).detach()
@@ -408,6 +407,23 @@ def test_a_context_answers_with_what_a_wrapper_puts_in_its_place():
     assert torch.equal(torch.func.functional_call(layer, swapped, (X,)), doubled)
     assert torch.equal(layer(X), want)
     assert layer.to(torch.bfloat16)(X.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("context", [1, torch.tensor([0, 1] * 4)], ids=["index", "tensor"])
+def test_a_pruned_context_trains_and_stays_pruned(context):
+    """Pruning computes the tensor in a hook before the module's forward pass: reading it runs the hook."""
+    layer = filled(ModulatedLinear(6, 5, contexts=2))
+    prune.l1_unstructured(layer.contexts[1], "in_gain", amount=2)
+    kept = layer.contexts[1].in_gain_mask
+    layer(X, context).square().sum().backward()
+    original = layer.contexts[1].in_gain_orig
+    assert torch.equal(original.grad != 0, kept != 0)
+    with torch.no_grad():
+        original.add_(1)
+    plain = ModulatedLinear(6, 5, contexts=2)
+    plain.contexts[0].load_state_dict(layer.contexts[0].state_dict())
+    plain.contexts[1].load_state_dict({"in_gain": original * kept, "bias": layer.contexts[1].bias})
+    assert torch.equal(layer(X, context), plain(X, context))
 
 
 # Copies
