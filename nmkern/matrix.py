@@ -8,6 +8,7 @@ The invariant: a view, whether a slice or a transpose, changes no element.
 
 import json
 import math
+import operator
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -63,7 +64,7 @@ class RandomMatrix:
 
     def __post_init__(self) -> None:
         for name in ("rows", "cols", "seed", "row_offset", "col_offset"):
-            _check_int(name, getattr(self, name))
+            object.__setattr__(self, name, as_int(name, getattr(self, name)))
         if self.family not in FAMILIES:
             raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {self.family!r}")
         if not 0 <= self.seed < 2**64:
@@ -99,12 +100,12 @@ class RandomMatrix:
             return
         if self.fan_in is None:
             raise ValueError("fan_in: the sparse family needs one, got None")
-        _check_int("fan_in", self.fan_in)
+        object.__setattr__(self, "fan_in", as_int("fan_in", self.fan_in))
         _, cols = self.stream_shape
         if self.population is None:
             object.__setattr__(self, "population", cols)
-        _check_int("population", self.population)
-        assert self.population is not None
+        object.__setattr__(self, "population", as_int("population", self.population))
+        assert self.fan_in is not None and self.population is not None
         if not self.col_offset + cols <= self.population < _LIMIT["sparse"]:
             raise ValueError(
                 f"population: expected col_offset + cols <= population < 2^32, got {self.population}"
@@ -245,6 +246,13 @@ def float32(number: float) -> float:
         return float(np.float32(as_float(number)))
 
 
-def _check_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
+def as_int(name: str, value: Any) -> int:
+    """Any integer, NumPy's too, as an int: what JSON and hashes need. TypeError for all else, and a bool."""
+    if type(value) is int:
+        return value
+    try:
+        if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None

@@ -250,6 +250,25 @@ def test_matrices_are_frozen(name):
     assert matrix == matrix_of("uniform")
 
 
+INTEGERS = [np.int64, np.uint8, np.int32, torch.tensor]
+
+
+@pytest.mark.parametrize("integer", INTEGERS, ids=lambda kind: kind.__name__)
+def test_any_integer_is_an_int(integer):
+    want = RandomMatrix(6, 8, seed=5, family="sparse", fan_in=3, row_offset=1, population=9)
+    matrix = RandomMatrix(
+        integer(6),
+        integer(8),
+        seed=integer(5),
+        family="sparse",
+        fan_in=integer(3),
+        row_offset=integer(1),
+        population=integer(9),
+    )
+    assert matrix == want and hash(matrix) == hash(want) and repr(matrix) == repr(want)
+    assert matrix.to_json() == want.to_json()
+
+
 # Bad arguments
 
 HUGE = 10**400
@@ -257,6 +276,9 @@ BAD_ARGUMENTS = [
     ({"rows": 3.0}, TypeError, "rows: expected an int, got 3.0"),
     ({"cols": "9"}, TypeError, "cols: expected an int, got '9'"),
     ({"rows": True}, TypeError, "rows: expected an int, got True"),
+    ({"rows": np.True_}, TypeError, "rows: expected an int, got"),
+    ({"rows": torch.tensor(True)}, TypeError, "rows: expected an int, got tensor(True)"),
+    ({"cols": np.float64(9)}, TypeError, "cols: expected an int, got"),
     ({"seed": None}, TypeError, "seed: expected an int, got None"),
     ({"seed": 1.5}, TypeError, "seed: expected an int, got 1.5"),
     ({"row_offset": 0.0}, TypeError, "row_offset: expected an int, got 0.0"),
