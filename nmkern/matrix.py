@@ -256,3 +256,11 @@ def as_int(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {value!r}") from None
+
+
+def as_size(name: str, value: Any) -> int:
+    """``as_int`` of at least 1, for callers whose name for it is not the matrix's."""
+    size = as_int(name, value)
+    if size < 1:
+        raise ValueError(f"{name}: expected at least 1, got {size}")
+    return size

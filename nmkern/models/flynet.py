@@ -10,6 +10,7 @@ Only context and strength are learned: ``hidden_features + 1`` numbers a task.
 import torch
 from torch import Tensor, nn
 
+from nmkern.matrix import as_size
 from nmkern.nn import ModulatedLinear, SparseProjection
 from nmkern.nn.contexts import ContextModule
 from nmkern.ops.flynet import flynet, flynet_hidden
@@ -53,7 +54,8 @@ class FlyNet(ContextModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_features = in_features * width_multiple
+        in_features, num_classes = as_size("in_features", in_features), as_size("num_classes", num_classes)
+        self.hidden_features = in_features * as_size("width_multiple", width_multiple)
         self.encoder = SparseProjection(in_features, self.hidden_features, fan_in, seed=seed)
         self.decoder = ModulatedLinear(
             self.hidden_features,

@@ -100,12 +100,8 @@ class ContextModule(nn.Module):
 class ContextLayer(MatrixModule, ContextModule):
     """A layer with a frozen random matrix and contexts, of which one, or one per row, is selected."""
 
-    def __init__(self, matrix: RandomMatrix, contexts: int) -> None:
+    def __init__(self, matrix: RandomMatrix) -> None:
         super().__init__(matrix)
-        if not isinstance(contexts, int) or isinstance(contexts, bool):
-            raise TypeError(f"contexts: expected an int, got {contexts!r}")
-        if contexts < 1:
-            raise ValueError(f"contexts: expected at least 1, got {contexts}")
         self.contexts = nn.ModuleList()
         self.selected: int | Tensor = 0
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nmkern.matrix import RandomMatrix
+from nmkern.matrix import RandomMatrix, as_size
 from nmkern.nn.contexts import ContextLayer
 from nmkern.ops.modulated_linear import modulated_linear
 
@@ -67,10 +67,12 @@ class ModulatedLinear(ContextLayer):
             raise ValueError(f"gain: expected one of {', '.join(_GAINS)}, got {gain!r}")
         if init not in _INITS:
             raise ValueError(f"init: expected one of {', '.join(_INITS)}, got {init!r}")
+        in_features, out_features = as_size("in_features", in_features), as_size("out_features", out_features)
+        contexts = as_size("contexts", contexts)
         if scale is None:
-            scale = 1 / math.sqrt(3 * max(1, in_features))
+            scale = 1 / math.sqrt(3 * in_features)
         matrix = RandomMatrix(out_features, in_features, seed=seed, family=family, scale=scale)
-        super().__init__(matrix, contexts)
+        super().__init__(matrix)
         self.in_features = in_features
         self.out_features = out_features
         self.gain = gain

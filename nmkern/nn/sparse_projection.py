@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nmkern.matrix import RandomMatrix
+from nmkern.matrix import RandomMatrix, as_size
 from nmkern.nn.records import MatrixModule
 from nmkern.ops.sparse_projection import sparse_project
 
@@ -22,6 +22,7 @@ class SparseProjection(MatrixModule):
     def __init__(
         self, in_features: int, out_features: int, fan_in: int, *, seed: int = 0, scale: float = 1.0
     ) -> None:
+        in_features, out_features = as_size("in_features", in_features), as_size("out_features", out_features)
         matrix = RandomMatrix(
             out_features, in_features, seed=seed, family="sparse", fan_in=fan_in, scale=scale
         )

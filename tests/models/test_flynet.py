@@ -224,8 +224,9 @@ def test_compiles_without_graph_breaks(backend_once):
         ({"fan_in": 17}, "fan_in: expected 1 <= fan_in <= 16"),
         ({"family": "sparse"}, "family: expected a dense family"),
         ({"contexts": 0}, "contexts: expected at least 1, got 0"),
-        ({"width_multiple": 0}, "rows: expected 1 <= rows"),
-        ({"num_classes": 0}, "rows: expected 1 <= rows"),
+        ({"in_features": 0}, "in_features: expected at least 1, got 0"),
+        ({"width_multiple": 0}, "width_multiple: expected at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from formula import Expected, generator, normals
@@ -124,8 +125,11 @@ def test_it_prints_what_it_is():
         ({"contexts": True}, TypeError, "contexts: expected an int, got True"),
         ({"seed": -1}, ValueError, "seed: expected 0 <= seed < 2^64, got -1"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite"),
-        ({"in_features": 0}, ValueError, "cols: expected 1 <= cols"),
-        ({"out_features": 4.0}, TypeError, "rows: expected an int, got 4.0"),
+        ({"in_features": 0}, ValueError, "in_features: expected at least 1, got 0"),
+        ({"in_features": "6"}, TypeError, "in_features: expected an int, got '6'"),
+        ({"in_features": True}, TypeError, "in_features: expected an int, got True"),
+        ({"out_features": 4.0}, TypeError, "out_features: expected an int, got 4.0"),
+        ({"out_features": -4}, ValueError, "out_features: expected at least 1, got -4"),
     ],
     ids=str,
 )
@@ -183,6 +187,13 @@ def test_to_a_dtype_and_contexts_added_after(dtype):
     for context in (0, 1):
         tensors = {name: value.detach() for name, value in layer.context_tensors(context).items()}
         Expected(x, layer.matrix, tensors).check(layer(x, context))
+
+
+def test_sizes_and_seeds_may_be_numpys():
+    layer = ModulatedLinear(np.prod((4, 2)), np.int32(6), contexts=np.int64(2), seed=np.uint64(2**63))
+    assert repr(layer) == repr(ModulatedLinear(8, 6, contexts=2, seed=2**63))
+    assert {type(size) for size in (layer.in_features, layer.out_features)} == {int}
+    layer.load_state_dict(layer.state_dict())
 
 
 def test_meta_device_holds_shapes_only():
