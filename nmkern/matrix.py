@@ -246,7 +246,7 @@ def float32(number: float) -> float:
         return float(np.float32(as_float(number)))
 
 
-def as_int(name: str, value: Any) -> int:
+def as_int(name: str, value: Any, expected: str = "an int") -> int:
     """Any integer, NumPy's too, as an int: what JSON and hashes need. TypeError for all else, and a bool."""
     if type(value) is int:
         return value
@@ -255,7 +255,7 @@ def as_int(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+        raise TypeError(f"{name}: expected {expected}, got {value!r}") from None
 
 
 def as_size(name: str, value: Any) -> int:

@@ -12,8 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nmkern.matrix import RandomMatrix
+from nmkern.matrix import RandomMatrix, as_int
 from nmkern.nn.records import MatrixModule, check_state_dict
+from nmkern.ops.checks import check_context
+
+_SELECTION = "an int or an integer tensor"
 
 
 class Context(nn.Module):
@@ -136,13 +139,15 @@ class ContextLayer(MatrixModule, ContextModule):
 
     def context_tensors(self, context: int | Tensor) -> dict[str, Tensor]:
         """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""
-        if isinstance(context, int):
+        if isinstance(context, int) and context is not True and context is not False:
             # Past ModuleList's own indexing, whose checks cost 3 microseconds.
             contexts: Any = self._modules["contexts"]
             found = contexts._modules.get(f"{context:d}")
             if found is None:
                 raise ValueError(f"context: expected 0 <= context < {len(self.contexts)}, got {context}")
             return found.tensors()
+        if not isinstance(context, Tensor):
+            raise TypeError(f"context: expected {_SELECTION}, got {context!r}")
         banks = [context.tensors() for context in cast(Iterable[Context], self.contexts)]
         return {name: torch.stack([bank[name] for bank in banks]) for name in banks[0]}
 
@@ -202,10 +207,12 @@ def num_contexts(model: nn.Module) -> int:
     return counts.pop()
 
 
-def _check_index(model: nn.Module, index: int) -> None:
-    contexts = num_contexts(model)
+def _checked(model: nn.Module, index: Any, expected: str = "an int") -> int:
+    """The index of a context that every layer of ``model`` has."""
+    index, contexts = as_int("context", index, expected), num_contexts(model)
     if not 0 <= index < contexts:
         raise ValueError(f"context: expected 0 <= context < {contexts}, got {index}")
+    return index
 
 
 def add_context(model: nn.Module) -> int:
@@ -221,7 +228,7 @@ def add_context(model: nn.Module) -> int:
 
 def context_parameters(model: nn.Module, index: int) -> list[nn.Parameter]:
     """The parameters of context ``index`` over all layers; none once it is finished."""
-    _check_index(model, index)
+    index = _checked(model, index)
     return [p for layer in context_layers(model) for p in layer.contexts[index].parameters()]
 
 
@@ -232,7 +239,7 @@ def finish_context(model: nn.Module, index: int) -> None:
     holds the old parameters, with momentum, weight decay or any history, moves nothing. ValueError, and
     nothing changed, where one is not plain but computed, by a parametrization or by pruning.
     """
-    _check_index(model, index)
+    index = _checked(model, index)
     contexts = [layer.context(index) for layer in context_layers(model)]
     for context in contexts:
         context.check_plain()
@@ -247,8 +254,10 @@ def select_context(model: nn.Module, context: int | Tensor) -> None:
     context per row, so that a batch can mix tasks. (Under torch.compile prefer the tensor: every
     index is a graph of its own.)
     """
-    if isinstance(context, int):
-        _check_index(model, context)
+    if isinstance(context, Tensor):
+        check_context(context, context.unsqueeze(-1))
+    else:
+        context = _checked(model, context, _SELECTION)
     for layer in context_layers(model):
         layer.selected = context
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from formula import generator, normals
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nmkern.memory import stored_twin
 from nmkern.models import FlyNet
 from nmkern.nn import (
     ModulatedLinear,
@@ -241,6 +243,32 @@ def test_contexts_out_of_range(index):
     assert [layer.selected for layer in layers(model)] == [0, 0]
     with pytest.raises(ValueError, match=r"^context: expected 0 <= context < 3, .* got values from"):
         layers(model)[0](torch.ones(2, 12), torch.tensor([0, index]))
+
+
+WRONG = [True, None, "a", [0, 1], 1.0, torch.ones(8), torch.ones(8, dtype=torch.bool)]
+
+
+@pytest.mark.parametrize("context", WRONG, ids=repr)
+def test_what_is_no_context_is_refused_at_once(context):
+    model = network(2)
+    calls = [lambda: select_context(model, context), lambda: use_context(model, context).__enter__()]
+    if context is not None:  # which leaves the choice to what is selected
+        layer, net, x = layers(model)[0], FlyNet(6, 3, contexts=2, fan_in=2), torch.ones(8, 12)
+        calls += [lambda: layer(x, context), lambda: net(X, context), lambda: stored_twin(layer)(x, context)]
+    if not torch.is_tensor(context):
+        calls += [lambda: finish_context(model, context), lambda: context_parameters(model, context)]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"^context: expected an int"):
+            call()
+    assert [layer.selected for layer in layers(model)] == [0, 0]
+
+
+def test_an_index_may_be_numpys():
+    model = network(2)
+    select_context(model, np.int64(1))
+    assert [(layer.selected, type(layer.selected)) for layer in layers(model)] == [(1, int)] * 2
+    finish_context(model, np.int64(1))
+    assert [context.finished for context in layers(model)[0].contexts] == [False, True]
 
 
 @pytest.mark.parametrize("call", [num_contexts, add_context, lambda m: select_context(m, 0)])
