@@ -52,6 +52,9 @@ class Context(nn.Module):
         for name, tensor in self.tensors().items():
             tensor.copy_(_sharded_as(tensor, values[name]))
 
+    def extra_repr(self) -> str:
+        return "finished" if self.finished else ""
+
     def forward(self) -> None:
         """Nothing of its own: a call is for the hooks."""
 

@@ -21,6 +21,11 @@ _INITS = ("ones", "xavier_normal")
 _INIT_STREAM = {"in_gain": 1 << 56, "out_gain": 2 << 56, "strength": 3 << 56}
 
 
+def _default_scale(in_features: int) -> float:
+    """The standard deviation of torch.nn.Linear's weights, which are uniform to ``1 / sqrt(in_features)``."""
+    return 1 / math.sqrt(3 * in_features)
+
+
 class ModulatedLinear(ContextLayer):
     """A drop-in for torch.nn.Linear that trains small contexts and holds no weights.
 
@@ -70,7 +75,7 @@ class ModulatedLinear(ContextLayer):
         in_features, out_features = as_size("in_features", in_features), as_size("out_features", out_features)
         contexts = as_size("contexts", contexts)
         if scale is None:
-            scale = 1 / math.sqrt(3 * in_features)
+            scale = _default_scale(in_features)
         matrix = RandomMatrix(out_features, in_features, seed=seed, family=family, scale=scale)
         super().__init__(matrix)
         self.in_features = in_features
@@ -111,8 +116,11 @@ class ModulatedLinear(ContextLayer):
         )
 
     def extra_repr(self) -> str:
+        scale = self.matrix.scale
+        chosen = "" if scale == _default_scale(self.in_features) else f", scale={scale}"
+        chosen += "" if self.init == "ones" else f", init={self.init!r}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self._has_bias}, contexts={len(self.contexts)}, seed={self.matrix.seed}, "
-            f"family={self.matrix.family!r}, gain={self.gain!r}, strength={self._has_strength}"
+            f"family={self.matrix.family!r}, gain={self.gain!r}, strength={self._has_strength}{chosen}"
         )

@@ -34,7 +34,9 @@ class SparseProjection(MatrixModule):
         return sparse_project(x, self.matrix)
 
     def extra_repr(self) -> str:
+        scale = self.matrix.scale
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"fan_in={self.matrix.fan_in}, seed={self.matrix.seed}"
+            f"{'' if scale == 1 else f', scale={scale}'}"
         )

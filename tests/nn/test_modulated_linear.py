@@ -110,7 +110,16 @@ def test_what_the_arguments_choose():
 def test_it_prints_what_it_is():
     text = repr(ModulatedLinear(6, 4, False, seed=3, contexts=2, gain="out", strength=True))
     assert "in_features=6, out_features=4, bias=False, contexts=2, seed=3, family='uniform'" in text
-    assert "gain='out', strength=True" in text
+    assert "gain='out', strength=True\n" in text  # what has its default is not told
+    text = repr(ModulatedLinear(6, 4, scale=0.5, init="xavier_normal"))
+    assert "strength=False, scale=0.5, init='xavier_normal'\n" in text
+
+
+def test_it_prints_which_contexts_are_finished():
+    layer = ModulatedLinear(6, 4, contexts=4)
+    layer.finish_context(0)
+    layer.finish_context(1)
+    assert "(0-1): 2 x Context(finished)\n" in repr(layer) and "(2-3): 2 x Context()\n" in repr(layer)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ def test_in_a_stack_with_dtypes():
 def test_it_prints_what_it_is():
     text = "SparseProjection(in_features=20, out_features=30, fan_in=4, seed=8)"
     assert repr(SparseProjection(20, 30, 4, seed=8)) == text
+    assert repr(SparseProjection(20, 30, 4, seed=8, scale=0.5)) == f"{text[:-1]}, scale=0.5)"
 
 
 @pytest.mark.parametrize(
