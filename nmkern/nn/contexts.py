@@ -1,8 +1,10 @@
 """Contexts: the learned parameters of modulated layers, one set per task, and how one is selected.
 
 A layer that holds contexts derives from ``ContextLayer``; a model is any module tree with such layers
-in it, and the functions of this file act on all of them at once. The invariant: training one context
-never moves another, and a finished context is no parameter any more, so no optimizer can reach it.
+in it, and the functions of this file act on all of them at once. The invariant: a finished context is no
+parameter any more, so no optimizer can reach it. Of the others, training one gives no gradient to another;
+but in a batch that mixes contexts, one that no row uses gets a gradient of zero, as the unused rows of
+torch.nn.Embedding do: an optimizer that holds it, with momentum or weight decay, may then move it.
 """
 
 import contextlib

@@ -403,6 +403,22 @@ def test_a_mixed_batch_trains_the_unfinished_contexts_only():
     assert [same(bits(model, index), before[index]) for index in range(3)] == [False, True, False]
 
 
+def test_a_context_that_no_row_of_a_mixed_batch_uses():
+    """As an unused row of torch.nn.Embedding: a gradient of zero, with which weight decay may move it."""
+    model = filled(network(3))
+    finish_context(model, 2)
+    finished = bits(model, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    with use_context(model, torch.zeros(8, dtype=torch.int64)):
+        model(X).square().sum().backward()
+    unused = context_parameters(model, 1)
+    assert all(p.grad is not None and not p.grad.any() for p in unused)
+    decayed = [(1 - 0.1 * 0.1) * p.detach() for p in unused]
+    opt.step()
+    assert all(torch.allclose(p, want) for p, want in zip(unused, decayed, strict=True))
+    assert same(bits(model, 2), finished)
+
+
 # Whose tensors they are
 
 
