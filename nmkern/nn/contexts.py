@@ -257,7 +257,10 @@ def select_context(model: nn.Module, context: int | Tensor) -> None:
 
     ``context`` is an index, or an integer tensor with the leading shape of the layers' input: one
     context per row, so that a batch can mix tasks. (Under torch.compile prefer the tensor: every
-    index is a graph of its own.)
+    index is a graph of its own.) TypeError and ValueError where it is neither, or out of range.
+
+    The selection is state of the model, as train() and eval() are: threads share it, and activation
+    checkpointing recomputes with what is selected by then. There pass ``context=`` to the calls.
     """
     if isinstance(context, Tensor):
         check_context(context, context.unsqueeze(-1))
@@ -269,7 +272,10 @@ def select_context(model: nn.Module, context: int | Tensor) -> None:
 
 @contextlib.contextmanager
 def use_context(model: nn.Module, context: int | Tensor) -> Iterator[None]:
-    """``select_context`` for the time of a ``with`` block; what was selected before comes back."""
+    """``select_context`` for the time of a ``with`` block; what was selected before comes back.
+
+    For all threads, and not for what activation checkpointing recomputes after the block.
+    """
     layers = context_layers(model)
     before = [layer.selected for layer in layers]
     select_context(model, context)
