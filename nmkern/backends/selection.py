@@ -28,9 +28,29 @@ BACKENDS: dict[str, ModuleType] = {
 
 _forced: str | None = None
 _choices: dict[tuple[str, torch.dtype, str], str] = {}
+
+
+class _Ways(dict[torch.dtype, Everyday | None]):
+    """The ways of a device by dtype; what has not been chosen yet is chosen when it is looked up.
+
+    So the first call goes the way of all later ones: a checkpoint compares what both save.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __missing__(self, dtype: torch.dtype) -> Everyday | None:
+        try:
+            select("uniform", dtype, self.device)  # dense families have one backend
+        except RuntimeError:  # of a call that is checked, in its place
+            return None
+        return self.setdefault(dtype, None)
+
+
 # _choices for a quick look: how everyday eager calls of dense products (see nmkern.ops.eager) are made, by
-# device and dtype, where the backend that was chosen has a way of its own for them.
-everyday: dict[str, dict[torch.dtype, Everyday]] = {"cpu": {}, "cuda": {}}
+# device and dtype; None where the backend that was chosen has no way of its own for them.
+everyday = {device: _Ways(device) for device in ("cpu", "cuda")}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _way_of(x: Tensor) -> packed.Everyday | None:
         and _transform() is None
         and forward_ad._current_level < 0
     ):
-        return _on_cpu.get(x.dtype) if x.is_cpu else _on_cuda.get(x.dtype) if x.is_cuda else None
+        return _on_cpu[x.dtype] if x.is_cpu else _on_cuda[x.dtype] if x.is_cuda else None
     return None
 
 

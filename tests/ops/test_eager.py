@@ -30,8 +30,6 @@ def _served_by_the_cpu_backend():
     if reason := cpu.refusal("uniform", torch.float32, "cpu"):
         pytest.skip(reason)
     with nmkern.use_backend("cpu"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):  # the choice of a backend is made once
-            modulated_linear(torch.ones(1, 4, dtype=dtype), MATRIX)
         yield
 
 
@@ -153,6 +151,29 @@ def test_parameters_inference_mode_and_a_module_take_it():
     assert torch.equal(y, fresh(x)) and fresh(x).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_first_call_takes_it(dtype):
+    """No choice has been made yet here: a recomputed call would save other shapes than the first."""
+    x = torch.ones(2, 4, dtype=dtype, requires_grad=True)
+    call = partial(modulated_linear, matrix=MATRIX, **gains("in_gain"))
+    checkpoint(call, x, use_reentrant=False).sum().backward()
+    with nmkern.use_backend("cpu"):
+        assert ran(lambda: call(x))[1] == SHORT
+
+
+def test_a_process_may_begin_with_a_checkpoint(run_python):
+    assert (
+        run_python(
+            "import torch, nmkern\n"
+            "from torch.utils.checkpoint import checkpoint\n"
+            "x, layer = torch.ones(3, 8, requires_grad=True), nmkern.nn.ModulatedLinear(8, 6)\n"
+            "checkpoint(layer, x, use_reentrant=False).sum().backward()\n"
+            "print(list(x.grad.shape))"
+        )
+        == "[3, 8]\n"
+    )
+
+
 # What must not take it
 
 
@@ -254,8 +275,7 @@ def test_other_backends_are_asked():
     with nmkern.use_backend("reference"):
         for _ in range(2):
             assert ran(lambda: modulated_linear(x, MATRIX))[1] == {"nmkern::reference_modulated_matmul"}
-    for _ in range(2):
-        assert ran(lambda: modulated_linear(x, MATRIX))[1] <= SHORT | CHECKED
+    assert ran(lambda: modulated_linear(x, MATRIX))[1] == SHORT
     with nmkern.use_backend("cpu"), pytest.raises(RuntimeError, match="no backend can serve this call"):
         modulated_linear(x.double(), MATRIX)
 
