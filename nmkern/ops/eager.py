@@ -24,8 +24,10 @@ from nmkern.ops.rules import plain_apply
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _F32 = torch.float32
-# Looked up once: a dotted name costs as much as the answer. The compiler knows the first by its identity.
-_compiling = torch.compiler.is_compiling
+# Looked up once: a dotted name costs as much as the answer. Dynamo knows the first by its identity; whatever
+# else compiles or exports has a mode.
+_compiling = torch.compiler.is_dynamo_compiling
+_tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
 # A torch that cannot tell whether a mode is active has every call checked.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -39,6 +41,7 @@ def _way_of(x: Tensor) -> packed.Everyday | None:
     """How calls with x are made; None where a subclass, mode or transform has a say, or no kernel reads x."""
     if (
         not _compiling()  # first: what follows is not for the compiler to trace
+        and not _tracing()  # by torch.jit, whose graph would lose the gradient
         and type(x) in _PLAIN
         and (x.ndim == 2 or x.is_contiguous())
         and not _dispatch_modes()

@@ -2,8 +2,8 @@
 
 One set of rules serves three ways in, because none serves all callers well:
 
-- registered with the dispatcher, for torch.compile, export and direct calls (47 us a call in eager
-  mode, and torch.func.grad refuses it);
+- registered with the dispatcher, for torch.compile, export, torch.jit.trace and direct calls (47 us a call
+  in eager mode, and torch.func.grad refuses it);
 - a ``torch.autograd.Function`` with ``setup_context``, for torch.func (30 us);
 - one without, for everyday eager mode (9 us); where nothing needs a gradient, no Function at all.
 
@@ -84,7 +84,7 @@ def differentiable(
     )
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return op(*args)
         if getattr(_dispatched, "vmap", False):
             return op(*args)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import io
 import pickle
 import types
 from functools import partial
@@ -302,6 +303,35 @@ def test_a_compiled_call_is_one_public_operator():
     )
     assert torch.equal(compiled(x), modulated_linear(x, MATRIX, **named))
     assert graphs == [{"nmkern.cpu_modulated_matmul.default"}]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("names", [(), EVERY], ids=["bare", "every"])
+def test_a_trace_of_torch_jit_keeps_the_gradients(names, recorded):
+    layer = ModulatedLinear(4, 6, gain="both")
+
+    def bare(x):
+        return modulated_linear(x, MATRIX)
+
+    function = layer if names else bare
+    x = normals((5, 4), generator(1)).requires_grad_()
+    leaves = [x, *(layer.parameters() if names else ())]
+    want = torch.autograd.grad((function(x) ** 2).sum(), leaves)
+    with torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(function, (x[:2],))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for program in (traced, torch.jit.load(file)):
+        graph = {node.kind() for node in program.inlined_graph.nodes()}
+        assert {kind for kind in graph if kind.startswith("nmkern")} == CHECKED
+        y = program(x)
+        assert torch.equal(y, function(x))
+        again = [x, *(program.parameters() if names else ())]
+        found = torch.autograd.grad((y**2).sum(), again)
+        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 # Errors
