@@ -10,6 +10,7 @@ from nmkern.backends import primitives
 from nmkern.matrix import RandomMatrix, as_float, float32
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TRACING = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
 
 def _name(dtype: torch.dtype | torch.layout) -> str:
@@ -165,6 +166,7 @@ def _check_range(name: str, contexts: int, context: Tensor) -> None:
     # device would have to be waited for (kernels check there).
     if (
         torch.compiler.is_compiling()
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING)
         or context.device.type != "cpu"
         or torch._C._functorch.is_functorch_wrapped_tensor(context)
         or context.numel() == 0

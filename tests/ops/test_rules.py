@@ -19,7 +19,9 @@ from formula import (
     normals,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from nmkern import RandomMatrix, modulated_linear, sparse_project
 from nmkern.backends import packed, primitives, selection
@@ -264,6 +266,27 @@ def test_every_registered_operator_is_checked():
     defined = {f"nmkern::{b}_{p}" for p in checked for b in selection.backends_with(p)}
     assert registered == defined | short
     assert all(set(selection.backends_with(p)) == set(selection.BACKENDS) for p in checked)
+
+
+@pytest.mark.parametrize("way", ["make_fx", "export"])
+def test_a_context_may_be_a_constant_of_a_traced_program(way):
+    """Its values are not looked at there, which both refuse."""
+    matrix, gain, context = RandomMatrix(3, 4, seed=1), torch.ones(2, 4), torch.tensor([0, 1])
+
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return modulated_linear(x, matrix, in_gain=gain, context=context)
+
+    x = torch.ones(2, 4)
+    program = make_fx(Layer())(x) if way == "make_fx" else torch.export.export(Layer(), (x,)).module()
+    assert torch.equal(program(x), Layer()(x))
+
+
+def test_a_context_may_be_a_fake_tensor():
+    matrix, values = RandomMatrix(3, 4, seed=1), (torch.ones(2, 4), torch.ones(5, 4), torch.tensor([0, 1]))
+    with FakeTensorMode() as mode:
+        x, gain, context = map(mode.from_tensor, values)
+        assert modulated_linear(x, matrix, in_gain=gain, context=context).shape == (2, 3)
 
 
 def test_the_first_call_of_a_process_may_be_compiled(run_python):
