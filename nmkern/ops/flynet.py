@@ -6,7 +6,8 @@
 
 The logits are linear in the gain, so one primitive and its adjoint are closed under differentiation to
 the gain and strength: the backward pass sweeps the hidden units again. Where x needs a gradient the
-same network is composed of ``sparse_project`` and ``modulated_linear``, which is also its test.
+same network is composed of ``sparse_project`` and ``modulated_linear``, which is also its test. Under vmap
+and in a traced program nobody can tell; there the gradient to x is composed in the backward pass.
 """
 
 from typing import Any
@@ -17,9 +18,11 @@ from torch import Tensor
 from nmkern.backends import primitives, selection
 from nmkern.matrix import RandomMatrix
 from nmkern.ops import checks
+from nmkern.ops.dense import OPERATORS as _DENSE
 from nmkern.ops.modulated_linear import modulated_linear
 from nmkern.ops.modulation import modulate
 from nmkern.ops.rules import batch_first, differentiable, fold_batch
+from nmkern.ops.sparse_projection import OPERATORS as _SPARSE
 from nmkern.ops.sparse_projection import sparse_project
 
 
@@ -61,17 +64,18 @@ def flynet(
     )
     backend = selection.select("flynet", x.dtype, x.device.type)
     *args, _ = primitives.flynet_args(encoder, decoder)
-    logits = _OPERATORS[backend].logits(x.reshape(-1, encoder.cols), banks["gain"], selector, *args, factor)
+    logits = OPERATORS[backend].logits(x.reshape(-1, encoder.cols), banks["gain"], selector, *args, factor)
     return logits.reshape(*x.shape[:-1], decoder.rows)
 
 
-_HIDDEN, _CLASSES = 3, 12  # positions among the matrix arguments
+_HIDDEN, _FACTOR, _DECODER, _CLASSES = 3, 7, 8, 12  # positions among the matrix arguments
 
 
 class _Operators:
     """The two flynet primitives of one backend with their rules."""
 
     def __init__(self, backend: str) -> None:
+        self.dense, self.sparse = _DENSE[backend].matmul, _SPARSE[backend].matmul
         self.logits = differentiable(
             primitives.overload(backend, "flynet_logits"),
             tensors=3,
@@ -97,14 +101,30 @@ class _Operators:
     def setup_logits(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, gain, context, *ctx.matrices = inputs
         ctx.contexts = gain.shape[0]
-        ctx.save_for_backward(x, context)
+        ctx.save_for_backward(x, gain if ctx.needs_input_grad[0] else None, context)
 
     def backward_logits(self, ctx: Any, d_logits: Tensor) -> tuple:
-        x, context = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
-            raise RuntimeError("x: flynet_logits has no gradient to x; compose the network instead")
-        d_gain = self.gain_grad(x, d_logits, context, ctx.contexts, *ctx.matrices)
-        return None, d_gain, None, *[None] * len(ctx.matrices)
+        x, gain, context = ctx.saved_tensors
+        need_x, need_gain = ctx.needs_input_grad[:2]
+        dx = d_gain = None
+        if need_x:
+            dx = self.input_gradient(x, gain, d_logits, context, ctx.matrices)
+        if need_gain:
+            d_gain = self.gain_grad(x, d_logits, context, ctx.contexts, *ctx.matrices)
+        return dx, d_gain, None, *[None] * len(ctx.matrices)
+
+    def input_gradient(self, x, gain, d_logits, context, matrices) -> Tensor:
+        """To x, of sum(d_logits * logits): differentiable itself, and it holds activations of hidden size."""
+        encoder, factor = matrices[:_FACTOR], matrices[_FACTOR]
+        *decoder, classes, decoder_factor = matrices[_DECODER:]
+        m = self.sparse(x, *encoder, False, factor)
+        active = m > m.mean(-1, keepdim=True)
+        d_r = self.dense(
+            d_logits, None, gain, None, context, *decoder, classes, matrices[_HIDDEN], True, decoder_factor
+        )
+        d_centred = d_r * active
+        d_m = d_centred - d_centred.mean(-1, keepdim=True)
+        return self.sparse(d_m, *encoder, True, factor)
 
     def vmap_logits(self, info, in_dims, x, gain, context, *matrices):
         x, context, (gain,) = fold_batch(
@@ -119,15 +139,18 @@ class _Operators:
         return x.new_empty(contexts, matrices[_HIDDEN], dtype=primitives.sum_dtype(x.dtype))
 
     def setup_gain_grad(self, ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, _, context, _, *ctx.matrices = inputs
-        ctx.save_for_backward(x, context)
+        x, d_logits, context, _, *ctx.matrices = inputs
+        ctx.save_for_backward(x, d_logits if ctx.needs_input_grad[0] else None, context)
 
     def backward_gain_grad(self, ctx: Any, d_grad: Tensor) -> tuple:
-        x, context = ctx.saved_tensors
-        if ctx.needs_input_grad[0]:
-            raise RuntimeError("x: flynet_gain_grad has no gradient to x; compose the network instead")
-        d_logits = self.logits(x, d_grad, context, *ctx.matrices)
-        return None, d_logits, None, None, *[None] * len(ctx.matrices)
+        x, d_logits, context = ctx.saved_tensors
+        need_x, need_logits = ctx.needs_input_grad[:2]
+        dx = d_d_logits = None
+        if need_x:  # sum(d_grad * gain_grad) is sum(d_logits * logits) with d_grad for the gain
+            dx = self.input_gradient(x, d_grad, d_logits, context, ctx.matrices)
+        if need_logits:
+            d_d_logits = self.logits(x, d_grad, context, *ctx.matrices)
+        return dx, d_d_logits, None, None, *[None] * len(ctx.matrices)
 
     def vmap_gain_grad(self, info, in_dims, x, d_logits, context, contexts, *matrices):
         batch = info.batch_size
@@ -140,4 +163,4 @@ class _Operators:
         return torch.stack(grads), 0
 
 
-_OPERATORS = {backend: _Operators(backend) for backend in selection.backends_with("flynet_logits")}
+OPERATORS = {backend: _Operators(backend) for backend in selection.backends_with("flynet_logits")}

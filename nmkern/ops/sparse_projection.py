@@ -29,7 +29,7 @@ def sparse_project(x: Tensor, matrix: RandomMatrix) -> Tensor:
     checks.check_input(x, matrix)
     x, _ = checks.autocast(x)
     backend = selection.select(matrix.family, x.dtype, x.device.type)
-    y = _OPERATORS[backend].matmul(x.reshape(-1, matrix.cols), *primitives.sparse_args(matrix))
+    y = OPERATORS[backend].matmul(x.reshape(-1, matrix.cols), *primitives.sparse_args(matrix))
     return y.reshape(*x.shape[:-1], matrix.rows)
 
 
@@ -63,4 +63,4 @@ class _Operator:
         return y.unflatten(0, (info.batch_size, -1)), 0
 
 
-_OPERATORS = {backend: _Operator(backend) for backend in selection.backends_with("sparse_matmul")}
+OPERATORS = {backend: _Operator(backend) for backend in selection.backends_with("sparse_matmul")}

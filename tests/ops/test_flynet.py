@@ -3,16 +3,21 @@
 The mean over a power of two of hidden units is exact for integers, so results are compared bit for bit.
 """
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from formula import UNIT, T, generator, integers, normals, poisoned, signs, stored_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from nmkern import RandomMatrix, flynet, stream
+from nmkern import RandomMatrix, flynet, memory, modulated_linear, stream
 from nmkern.backends import primitives
-from nmkern.ops.flynet import flynet_hidden
+from nmkern.models import FlyNet
+from nmkern.ops.flynet import OPERATORS, flynet_hidden
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -329,13 +334,99 @@ def test_torch_func_on_integers_is_exact(backend_once, transform):
         assert torch.equal(actual.double(), exact)
 
 
+# Where flynet cannot see that x needs a gradient: its operators have one too
+
+
+@pytest.mark.parametrize("contexts", [1, T, 4])
+def test_gradients_of_the_primitives_to_everything(contexts):
+    encoder, decoder = matrices(6, 9, 3, 2, "normal", scale=0.5)
+    g = generator(3)
+    named = partial(normals, generator=g, dtype=torch.float64)
+    x, gain, d_logits = (named(shape).requires_grad_() for shape in ((4, 6), (contexts, 9), (4, 3)))
+    context = torch.randint(T, (4,), generator=g) if contexts == T else None
+    operators, args = OPERATORS["reference"], primitives.flynet_args(encoder, decoder)
+
+    def logits(x, gain):
+        return operators.logits(x, gain, context, *args)
+
+    def gain_grad(x, d_logits):
+        return operators.gain_grad(x, d_logits, context, contexts, *args)
+
+    def composed(x, gain):
+        r = flynet_hidden(x, encoder)
+        return modulated_linear(r, decoder, in_gain=gain, context=context)
+
+    for function, values in ((logits, (x, gain)), (gain_grad, (x, d_logits))):
+        direction = named(function(*values).shape).requires_grad_()
+        assert torch.autograd.gradcheck(function, values)
+        assert torch.autograd.gradgradcheck(function, values, [direction])
+    (found,), (want,) = (torch.autograd.grad(f(x, gain), x, d_logits) for f in (logits, composed))
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def traces_of(f, x):
+    """f as programs that were made where x needed no gradient."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return f(x)
+
+    return {
+        "vmap": torch.func.vmap(f),
+        "export": torch.export.export(Module(), (x,)).module(),
+        "make_fx": make_fx(f)(x),
+    }
+
+
+@pytest.mark.parametrize(
+    ("program", "kind"),
+    [("vmap", "vector"), *product(("export", "make_fx"), ("vector and strength", "bank", "rows"))],
+)
+def test_programs_have_a_gradient_to_x(backend_once, program, kind):
+    """And that one has gradients: exact, as in test_integers_give_exact_logits_and_gradients.
+
+    A gradient to x is a sum of at most H terms of C codes less their mean, with H = 32 and C = 3 below
+    32 * 2 * 45 in units of 1/H, thus 9.2e4 units; its gradient to d_logits is a logit of the direction,
+    below H * 2 F * 15 with F = 3, as many units.
+    """
+    encoder, decoder = matrices(6, 32, 3, 2)
+    g = generator(5)
+    x, direction = integers((4, 6), 1, g), integers((4, 6), 1, g)
+    named = arguments(kind, 4, 32, lambda shape: signs(shape, g), g)
+    function = traces_of(lambda x: flynet(x, encoder, decoder, **named), x)[program]
+
+    def second(f, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        v = torch.ones(4, 3, dtype=dtype, requires_grad=True)
+        y = f(leaf)
+        (dx,) = torch.autograd.grad(y, leaf, v, create_graph=True)
+        return y, dx, *torch.autograd.grad((dx * direction).sum(), v)
+
+    exact = {name: doubled(value) for name, value in named.items()}
+    found = second(function, torch.float32)
+    want = second(lambda x: plain(x, encoder, decoder, **exact), torch.float64)
+    for actual, expected in zip(found, want, strict=True):
+        assert torch.equal(actual.double(), expected)
+
+
+def test_an_exported_network_trains_what_comes_before_it():
+    """Against its twin with stored matrices."""
+    net = FlyNet(8, 4, width_multiple=16, fan_in=3)
+    x = normals((3, 8), generator(1))
+    program, twin = torch.export.export(net, (x,)).module(), memory.stored_twin(net)
+    x.requires_grad_()
+    (found,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (program, twin))
+    torch.testing.assert_close(found, want)
+
+
 @pytest.mark.parametrize("primitive", ["flynet_logits", "flynet_gain_grad"])
 @pytest.mark.parametrize("contexts", [1, T])
-def test_opcheck(backend_once, primitive, contexts):
+@pytest.mark.parametrize("need_x", [False, True])
+def test_opcheck(backend_once, primitive, contexts, need_x):
     encoder, decoder = matrices(6, 9, 4, 2, "normal")
     g = generator(2)
     context = torch.randint(T, (5,), generator=g) if contexts > 1 else None
-    x = normals((5, 6), g)
+    x = normals((5, 6), g).requires_grad_(need_x)
     matrix_arguments = primitives.flynet_args(encoder, decoder)
     if primitive == "flynet_logits":
         values = (x, normals((contexts, 9), g).requires_grad_(), context, *matrix_arguments)
