@@ -8,6 +8,7 @@ torch.nn.Embedding do: an optimizer that holds it, with momentum or weight decay
 """
 
 import contextlib
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -145,9 +146,10 @@ class ContextLayer(MatrixModule, ContextModule):
     def context_tensors(self, context: int | Tensor) -> dict[str, Tensor]:
         """The tensors of context ``context`` by name; for a tensor of contexts banks of all, stacked."""
         if isinstance(context, int) and context is not True and context is not False:
-            # Past ModuleList's own indexing, whose checks cost 3 microseconds.
+            # Past ModuleList's own indexing, whose checks cost 3 microseconds. Dynamo formats no int that
+            # varies; operator.index makes it a constant of the graph.
             contexts: Any = self._modules["contexts"]
-            found = contexts._modules.get(f"{context:d}")
+            found = contexts._modules.get(f"{operator.index(context):d}")
             if found is None:
                 raise ValueError(f"context: expected 0 <= context < {len(self.contexts)}, got {context}")
             return found.tensors()
