@@ -242,8 +242,16 @@ def as_float(number: float) -> float:
 
 def float32(number: float) -> float:
     """A number rounded to float32; infinite where that cannot hold it."""
-    with np.errstate(over="ignore"):
-        return float(np.float32(as_float(number)))
+    number = as_float(number)
+    if math.isnan(number):
+        return number
+    beyond = 2.0**128
+    if abs(number) < beyond:
+        # By arithmetic, in whole steps of the last bit: Dynamo does not trace NumPy's rounding.
+        _, exponent = math.frexp(number)
+        last = max(exponent - 24, -149)
+        number = math.copysign(math.ldexp(round(math.ldexp(number, -last)), last), number)
+    return number if abs(number) < beyond else math.copysign(math.inf, number)
 
 
 def as_int(name: str, value: Any, expected: str = "an int") -> int:

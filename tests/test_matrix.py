@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import json
+import math
 import pickle
+import struct
 import warnings
 
 import numpy as np
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmkern import RandomMatrix, stream
+from nmkern.matrix import float32
 
 DENSE = tuple(stream.DENSE_FAMILIES)
 FAMILIES = (*DENSE, "sparse")
@@ -149,6 +152,23 @@ def test_dtypes_of_materialize(family, scale):
     assert torch.equal(single, exact.float())
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(matrix.materialize(dtype), single.to(dtype))
+
+
+@given(
+    number=st.one_of(
+        st.floats(),
+        st.floats(-(2.0**-120), 2.0**-120),
+        st.floats(-(2.0**129), 2.0**129),
+        st.floats(0, 2.0**127, width=32).map(lambda x: (x + float(np.nextafter(np.float32(x), np.inf))) / 2),
+    )
+)
+@settings(max_examples=500)
+def test_numbers_are_rounded_to_float32_as_numpy_does(number):
+    """Subnormal, beyond the largest, or half way between two: to the same bits."""
+    with np.errstate(over="ignore"):
+        want = np.float32(number)
+    found = float32(number)
+    assert math.isnan(found) if math.isnan(want) else struct.pack("d", found) == struct.pack("d", float(want))
 
 
 @pytest.mark.parametrize("family", DENSE)

@@ -148,6 +148,11 @@ def scaled_factor(matrix: RandomMatrix, strength: float) -> float:
     """The matrix's factor times a number, rounded to float32 as the factor itself is."""
     if not isinstance(strength, (int, float)) or isinstance(strength, bool):
         raise TypeError(f"strength: expected a number or a tensor, got {strength!r}")
+    if torch.compiler.is_compiling():
+        # A number that varies has no place to be rounded in a graph: every value gets a graph of its own.
+        from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+        strength = guard_scalar(strength)
     factor = float32(matrix.factor * as_float(strength))
     if not math.isfinite(factor):
         raise ValueError(f"strength: expected a finite number, got {strength}")

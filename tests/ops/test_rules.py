@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from nmkern import RandomMatrix, modulated_linear, sparse_project
 from nmkern.backends import packed, primitives, selection
+from nmkern.nn import ModulatedLinear
 
 # Derivatives
 
@@ -321,6 +322,29 @@ def check_compiled(kind, backend):
 @pytest.mark.parametrize("kind", ["plain", "vectors", "banks", "rows"])
 def test_compile_without_graph_breaks(backend_once, kind):
     check_compiled(kind, "aot_eager")
+
+
+LAYER = ModulatedLinear(4, 6, contexts=3, seed=1)
+WITH_NUMBERS = {
+    "strength": lambda x, s: modulated_linear(x, LAYER.matrix, strength=s / 3),
+    "a whole strength": lambda x, s: modulated_linear(x, LAYER.matrix, strength=s),
+    "scale": lambda x, s: modulated_linear(x, RandomMatrix(6, 4, seed=3, scale=0.1)) * s,
+    "transposed": lambda x, s: modulated_linear(x, RandomMatrix(4, 6, seed=3).T) * s,
+    "sliced": lambda x, s: modulated_linear(x, LAYER.matrix[1:4]) * s,
+    "context of a layer": lambda x, s: LAYER(x, context=s),
+    "context of a bank": lambda x, s: modulated_linear(x, LAYER.matrix, in_gain=x[:, :4], context=s),
+}
+
+
+@pytest.mark.parametrize("name", WITH_NUMBERS)
+def test_numbers_and_matrices_in_a_compiled_function(name):
+    """Also numbers that vary, which Dynamo makes symbols."""
+    torch._dynamo.reset()
+    function = WITH_NUMBERS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = normals((3, 4), generator(1))
+    for number in (0, 1, 2):
+        assert torch.equal(compiled(x, number), function(x, number))
 
 
 @pytest.mark.slow
