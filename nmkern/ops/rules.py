@@ -65,11 +65,14 @@ def differentiable(
         setup_context(ctx, args, output)
         return output
 
+    def plain_backward(ctx: Any, *grads: Any) -> Any:
+        return backward(ctx, *grads)  # a bound method; compiled autograd takes functions only
+
     name = op.name().replace("::", "_").replace(".", "_")
     eager: Any = type(
         name,
         (torch.autograd.Function,),
-        {"forward": staticmethod(eager_forward), "backward": staticmethod(backward)},
+        {"forward": staticmethod(eager_forward), "backward": staticmethod(plain_backward)},
     )
     eager_apply = plain_apply(eager)
     functional: Any = type(
@@ -78,7 +81,7 @@ def differentiable(
         {
             "forward": staticmethod(lambda *args: op(*args)),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(backward),
+            "backward": staticmethod(plain_backward),
             "vmap": staticmethod(vmap),
         },
     )

@@ -18,12 +18,13 @@ from formula import (
     modulated,
     normals,
 )
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from nmkern import RandomMatrix, modulated_linear, sparse_project
+from nmkern import RandomMatrix, flynet, modulated_linear, sparse_project
 from nmkern.backends import packed, primitives, selection
 from nmkern.nn import ModulatedLinear
 
@@ -345,6 +346,45 @@ def test_numbers_and_matrices_in_a_compiled_function(name):
     x = normals((3, 4), generator(1))
     for number in (0, 1, 2):
         assert torch.equal(compiled(x, number), function(x, number))
+
+
+SPARSE = RandomMatrix(6, 4, seed=1, family="sparse", fan_in=2)
+BACKWARD = {
+    "dense": lambda x, v: modulated_linear(x, LAYER.matrix, strength=v.sum()),
+    "sparse": lambda x, v: sparse_project(x, SPARSE) * v,
+    "flynet": lambda x, v: flynet(x, SPARSE, RandomMatrix(3, 6, seed=1), gain=v),
+}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("need_x", [False, True])
+def test_compiled_autograd(backend_once, name, need_x):
+    torch._dynamo.reset()
+    g = generator(2)
+    x, v = normals((3, 4), g).requires_grad_(need_x), normals((6,), g).requires_grad_()
+    leaves = [x, v] if need_x else [v]
+    want = torch.autograd.grad(BACKWARD[name](x, v).square().sum(), leaves)
+    loss = BACKWARD[name](x, v).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, want, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gain", [None, torch.ones(4)], ids=["bare", "gain"])
+def test_a_scalar_strength_in_a_program_of_aot_inductor(tmp_path, gain):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("strength", torch.tensor(0.3))
+
+        def forward(self, x):
+            return modulated_linear(x, LAYER.matrix, in_gain=gain, strength=self.strength)
+
+    x = normals((3, 4), generator(1))
+    program = torch.export.export(Layer(), (x,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    assert torch.equal(torch._inductor.aoti_load_package(path)(x), Layer()(x))
 
 
 @pytest.mark.slow
