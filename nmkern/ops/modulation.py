@@ -35,7 +35,9 @@ def modulate(
     }
     factor = matrix.factor
     if isinstance(strength, Tensor):
-        s = checks.normalize_bank("strength", strength[..., None], 1, x, selector, cast)
+        # A scalar that Inductor takes for a constant of a program can be expanded, but not reshaped.
+        column = strength.expand(1) if strength.ndim == 0 else strength[..., None]
+        s = checks.normalize_bank("strength", column, 1, x, selector, cast)
         assert s is not None
         gain = ready[fold_into]
         ready[fold_into] = s.expand(-1, features[fold_into]) if gain is None else gain * s
