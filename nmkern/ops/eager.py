@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _pop_mode_temporarily
 
 from nmkern.backends import packed, primitives, selection
 from nmkern.matrix import RandomMatrix
@@ -29,9 +30,9 @@ _F32 = torch.float32
 _compiling = torch.compiler.is_dynamo_compiling
 _tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
-# A torch that cannot tell whether a mode is active has every call checked.
+# A torch that cannot tell whether a mode is active has every call checked, as with more modes than may pass.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 2)
 _transform = torch._C._functorch.maybe_current_level
 _autocast = torch._C._is_any_autocast_enabled
 _on_cpu, _on_cuda = selection.everyday["cpu"], selection.everyday["cuda"]
@@ -53,11 +54,23 @@ def _way_of(x: Tensor) -> packed.Everyday | None:
     return None
 
 
+def _only_default_device() -> bool:
+    """Whether the one mode is torch.set_default_device's, which concerns new tensors only."""
+    if _compiling() or _function_modes() != 1:
+        return False
+    from torch.utils._device import DeviceContext  # imported by who set one
+
+    return type(torch._C._get_function_stack_at(0)) is DeviceContext
+
+
 def eager_matmul(
     x: Tensor, matrix: RandomMatrix, in_gain: Tensor | None, out_gain: Tensor | None, bias: Tensor | None
 ) -> Tensor | None:
     """``modulated_linear`` without context and strength; None where the checked way has to take the call."""
     if not (way := _way_of(x)) or _autocast() or type(matrix) is not RandomMatrix:
+        if _only_default_device():  # it would slow every look at x down
+            with _pop_mode_temporarily():
+                return eager_matmul(x, matrix, in_gain, out_gain, bias)
         return None
     if not (forms := matrix._packed or packed.pack(matrix)):
         return None
@@ -117,6 +130,9 @@ def _gradients(needs, dy, x, in_gain, out_gain, ctx: Any) -> tuple:
     """To x, in_gain, out_gain and bias: None for each that does not need one."""
     matrix, way = ctx.matrix, ctx.way
     if _grad_enabled() or not _way_of(dy):  # the backward pass is itself recorded, or watched
+        if not _grad_enabled() and _only_default_device():
+            with _pop_mode_temporarily():
+                return _gradients(needs, dy, x, in_gain, out_gain, ctx)
         return _gradients_by_primitives(needs, dy, x, in_gain, out_gain, matrix, way.backend)
     need_x, need_in, need_out, need_bias = needs
     dx = d_in = d_out = d_bias = None

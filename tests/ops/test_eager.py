@@ -152,6 +152,25 @@ def test_parameters_inference_mode_and_a_module_take_it():
     assert torch.equal(y, fresh(x)) and fresh(x).requires_grad
 
 
+@pytest.mark.parametrize("names", [(), EVERY], ids=["bare", "every"])
+def test_with_a_default_device_calls_take_it(names):
+    """Which is a mode of functions, but concerns new tensors only."""
+    x, named = torch.ones(2, 4, requires_grad=True), gains(*names, grad=True)
+    leaves = [x, *named.values()]
+
+    def step():
+        return torch.autograd.grad(modulated_linear(x, MATRIX, **named).sum(), leaves)
+
+    want, operators = ran(step)
+    with torch.device("meta"):
+        found, same = ran(step)
+        assert same == operators and all(name.startswith("nmkern::packed_") for name in operators)
+        with pytest.raises(ValueError, match="x: expected shape"):
+            modulated_linear(x[:, :3], MATRIX)
+        assert torch.empty(1).is_meta
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_first_call_takes_it(dtype):
     """No choice has been made yet here: a recomputed call would save other shapes than the first."""
@@ -210,7 +229,7 @@ def test_modes_see_the_public_operator():
         functions.names = set()
         modulated_linear(x, MATRIX)
     assert functions.names <= CHECKED
-    with torch.device("cpu"):  # a mode of functions too
+    with torch.device("cpu"), functions:  # one that may pass, and one that may not
         assert ran(lambda: modulated_linear(x, MATRIX))[1] == CHECKED
 
 
