@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from nmkern.backends import primitives
 from nmkern.matrix import RandomMatrix, as_float, float32
+from nmkern.ops.rules import NO_FORWARD_MODE
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TRACING = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
@@ -31,10 +32,7 @@ def check_matrix(name: str, matrix: RandomMatrix, *, dense: bool) -> None:
 def refuse_tangent(name: str, tensor: Tensor) -> None:
     """No forward mode: an operator without a rule for it would lose the tangent without a word."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(
-            f"{name}: expected no tangent: forward-mode differentiation is not implemented, "
-            "reverse mode is (torch.autograd.grad, torch.func.vjp)"
-        )
+        raise NotImplementedError(f"{name}: {NO_FORWARD_MODE}")
 
 
 def check_input(x: Tensor, matrix: RandomMatrix) -> None:

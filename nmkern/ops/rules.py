@@ -21,6 +21,11 @@ from torch import Tensor
 # as well, since a Function cannot be applied half way through a transform.
 _dispatched = threading.local()
 
+NO_FORWARD_MODE = (
+    "expected no tangent: forward-mode differentiation is not implemented, reverse mode is "
+    "(torch.autograd.grad, torch.func.vjp, jacrev of jacrev for hessian)"
+)
+
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` for calls outside of torch.func, of a Function without ``setup_context``.
@@ -68,6 +73,10 @@ def differentiable(
     def plain_backward(ctx: Any, *grads: Any) -> Any:
         return backward(ctx, *grads)  # a bound method; compiled autograd takes functions only
 
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # Of forward mode outside of reverse mode, as in torch.func.hessian: no argument shows its tangent.
+        raise NotImplementedError(f"{op.name()}: {NO_FORWARD_MODE}")
+
     name = op.name().replace("::", "_").replace(".", "_")
     eager: Any = type(
         name,
@@ -83,6 +92,7 @@ def differentiable(
             "setup_context": staticmethod(setup_context),
             "backward": staticmethod(plain_backward),
             "vmap": staticmethod(vmap),
+            "jvp": staticmethod(jvp),
         },
     )
 

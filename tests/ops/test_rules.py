@@ -28,6 +28,9 @@ from nmkern import RandomMatrix, flynet, modulated_linear, sparse_project
 from nmkern.backends import packed, primitives, selection
 from nmkern.nn import ModulatedLinear
 
+LAYER = ModulatedLinear(4, 6, contexts=3, seed=1)
+SPARSE = RandomMatrix(6, 4, seed=1, family="sparse", fan_in=2)
+
 # Derivatives
 
 
@@ -164,6 +167,26 @@ def test_a_tangent_is_refused_and_not_lost(name):
                 sparse_project(dual, RandomMatrix(5, 4, seed=1, family="sparse", fan_in=2))
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(layer, (values[name],), (torch.ones_like(values[name]),))
+
+
+HESSIANS = {
+    "dense": lambda v: modulated_linear(v, LAYER.matrix, in_gain=v),
+    "sparse": lambda v: sparse_project(v, SPARSE),
+    "flynet": lambda v: flynet(torch.ones(4), SPARSE, RandomMatrix(3, 6, seed=1), gain=v.repeat(2)[:6]),
+}
+
+
+@pytest.mark.parametrize("name", HESSIANS)
+def test_a_tangent_below_a_level_of_reverse_mode_is_refused_in_the_same_words(name):
+    """torch.func.hessian is forward over reverse mode; reverse over reverse is what we have."""
+
+    def loss(v):
+        return HESSIANS[name](v).square().sum()
+
+    v = torch.ones(4)
+    with pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
+        torch.func.hessian(loss)(v)
+    assert torch.func.jacrev(torch.func.jacrev(loss))(v).shape == (4, 4)
 
 
 def test_vmap_over_contexts_banks_and_their_gradients(backend_once):
@@ -325,7 +348,6 @@ def test_compile_without_graph_breaks(backend_once, kind):
     check_compiled(kind, "aot_eager")
 
 
-LAYER = ModulatedLinear(4, 6, contexts=3, seed=1)
 WITH_NUMBERS = {
     "strength": lambda x, s: modulated_linear(x, LAYER.matrix, strength=s / 3),
     "a whole strength": lambda x, s: modulated_linear(x, LAYER.matrix, strength=s),
@@ -348,7 +370,6 @@ def test_numbers_and_matrices_in_a_compiled_function(name):
         assert torch.equal(compiled(x, number), function(x, number))
 
 
-SPARSE = RandomMatrix(6, 4, seed=1, family="sparse", fan_in=2)
 BACKWARD = {
     "dense": lambda x, v: modulated_linear(x, LAYER.matrix, strength=v.sum()),
     "sparse": lambda x, v: sparse_project(x, SPARSE) * v,
