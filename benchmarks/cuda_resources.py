@@ -20,7 +20,9 @@ ARCHS = ("80", "89", "90a")
 CSRC = Path(__file__).parents[1] / "csrc"
 _FAMILIES = {"257": "rademacher", "258": "uniform", "259": "normal"}
 _OPERANDS = {"1": "bfloat16", "2": "float16"}
-_PRODUCT = re.compile(r"(skinny|wide)_kernelILNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELNS_5DtypeE(\d)ELi(\d)E")
+_PRODUCT = re.compile(
+    r"(skinny|wide)_kernelI(?:NS\d?_\d+ConfigI)?LNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELNS_5DtypeE(\d)ELi(\d)E"
+)
 _WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32(\.BF16)? R(?P<d>\d+), R(?P<a>\d+), gdesc")
 _GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
 # Logic, shifts, byte permutes, additions, comparisons; a multiply-add (IMAD) is another unit's.

@@ -52,12 +52,12 @@ struct SmallWarp : Warp {
 #undef NMKERN_MMA
 };
 
-// Two blocks a multiprocessor at least: left to choose, ptxas aimed at more of them and spilled.
-template <Family family, bool transposed, int batch_tiles, Dtype operand, int parts>
-__global__ void __launch_bounds__(kThreads, 2) skinny_kernel(const Product p) {
+// Eight warps a multiprocessor at least: left to choose, ptxas aimed at more of them and spilled.
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 8 / C::kWarps) skinny_kernel(const Product p) {
   extern __shared__ __align__(128) unsigned char shared[];
   SmallWarp warp;
-  skinny_block<Config<family, transposed, batch_tiles, operand, parts>>(p, warp, shared);
+  skinny_block<C>(p, warp, shared);
 }
 
 struct Launch {
@@ -67,15 +67,12 @@ struct Launch {
 
   template <class C>
   int operator()() const {
-    using Patch = typename C::Patch;
     Plan plan = plan_of<C>(call);
     place(plan, call, scratch);
     if (plan.packing.packed)
       if (const int error = launch_pack(plan.packing.pack, stream)) return error;
-    const auto kernel =
-        skinny_kernel<Patch::kFamily, Patch::kTransposed, C::kBatchTiles, C::kOperand, C::kParts>;
     const dim3 grid(uint32_t(plan.blocks_x), uint32_t(plan.splits), uint32_t(plan.blocks_z));
-    if (const int error = enqueue(kernel, grid, kThreads, C::kSharedBytes, stream, plan.product))
+    if (const int error = enqueue(skinny_kernel<C>, grid, C::kThreads, C::kSharedBytes, stream, plan.product))
       return error;
     return launch_finish(plan.finish, stream);
   }

@@ -4,13 +4,14 @@
 //
 //   x -> stage_x -> shared memory, in the order of B's registers -> multiply -> partial -> finish.h -> y
 //
-// All warps of a block read the same x and own outputs of their own; a step of the loop is a patch for
-// each of a quad's four lanes, so 4 * Patch::kReduction reduction indices. Nothing of W leaves registers.
+// All warps of a block read the same x. They own outputs of their own, or take turns in the reduction and add
+// up their sums at the end; a step of the loop is a patch for each of a quad's four lanes, so 4 *
+// Patch::kReduction reduction indices. Nothing of W leaves registers.
 // Instructions per weight and thread of the loop, 16 rows, sm_90a: rademacher 1.46 (transposed 1.48),
 // uniform 2.13 (2.21), normal 4.19 (4.14); of uniform's 2.13, the hash takes 0.67, decoding 1.13, mma.sync
 // 0.25, loads of x and the loop itself the rest. The integer unit takes two clocks for each of its own, 1.02
 // (1.14) of them: 2.05 (2.27) clocks. benchmarks/results/cuda_resources.json has all of them.
-// Invariant: a sum is taken in an order that shapes fix (steps upward, then splits upward).
+// Invariant: a sum is taken in an order that shapes fix (steps upward, then a block's warps, then splits).
 //
 // The block is written over a Machine (who am I, wait, multiply, load, store): skinny.cu has the device's,
 // tests/native/skinny_block.cpp one that runs the very same code on a host.
@@ -23,8 +24,6 @@
 
 namespace nmkern::cuda {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kLanes;
 constexpr int kLineBytes = 128;
 
 struct Product : Operand {
@@ -61,6 +60,8 @@ constexpr int groups_of(int batch_tiles, bool chains) {
   return fit < wanted ? (fit < 1 ? 1 : fit) : wanted;
 }
 
+constexpr int depth_warps(int wanted, int most) { return wanted < 1 ? 1 : wanted < most ? wanted : most; }
+
 template <Family family, bool transposed, int batch_tiles, Dtype operand, int parts>
 struct Config {
   static constexpr int kBatchTiles = batch_tiles;  // of 8 rows
@@ -71,7 +72,19 @@ struct Config {
   using Patch = PatchLayout<family, transposed, fields_of<family, transposed>(batch_tiles, kChains)>;
   static constexpr int kSlices = transposed ? Patch::kColumns / Patch::kFields : 1;
   static constexpr int kGroups = groups_of<family, transposed>(batch_tiles, kChains);
-  static constexpr int kBlockPatches = kWarps * kGroups * kQuads;
+
+  // Warps that share outputs and take turns in the reduction. What a block writes and finish.h reads again
+  // goes with its outputs: for 16 rows of 8192 x 8192 uniform, 8.4 MB each way where four warps have 512, and
+  // a quarter of that where eight have 256, four of them the same. Few rows write less, and share x among
+  // more.
+  static constexpr bool kSmall = batch_tiles <= 2;
+  static constexpr int kWarps = kSmall ? 8 : 4;
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kWarpOutputs = kGroups * kQuads * Patch::kOutputs;
+  static constexpr int kDepthWarps =
+      kSmall ? depth_warps(kWarps * kWarpOutputs / (batch_tiles == 1 ? 512 : 256), kWarps) : 1;
+  static constexpr int kOutputWarps = kWarps / kDepthWarps;
+  static constexpr int kBlockPatches = kOutputWarps * kGroups * kQuads;
   static constexpr int kBlockOutputs = kBlockPatches * (transposed ? Patch::kColumns : kRowsPerPatch);
 
   // B's registers of a step, in pairs (a k16 step's two): pair (depth * batch_tiles + tile) * parts + part.
@@ -82,7 +95,16 @@ struct Config {
   // With normal's table in shared memory, x takes the 128-byte lines between its entries.
   static constexpr bool kTable = family == Family::normal;
   static constexpr int kStageBytes = parts == 1 || kTable ? 32 << 10 : 48 << 10;
-  static constexpr int kSharedBytes = kTable ? kTableBytes : kStageBytes;
+
+  // Runs of four outputs of a lane, of 8 rows: what warps of the same outputs add up, up to kRound at a time.
+  static constexpr int kRuns = kGroups * (Patch::kOutputs / 4) * batch_tiles;
+  static constexpr int kRound = kRuns < 8 ? kRuns : 8;
+  static constexpr int kRunBytes = kWarps * kLanes * 32;
+  static constexpr int kExchangeBytes = kDepthWarps > 1 ? kRound * kRunBytes : 0;
+  static_assert(kRuns % kRound == 0 && kRound % kDepthWarps == 0);
+
+  static constexpr int kFirstBytes = kTable ? kTableBytes : kStageBytes;
+  static constexpr int kSharedBytes = kFirstBytes > kExchangeBytes ? kFirstBytes : kExchangeBytes;
 
   static constexpr int kStep = kQuadLanes * Patch::kReduction;  // reduction indices
   // Steps a turn of the loop: uniform transposed has few weights in a step, and takes 2.28 with one.
@@ -92,6 +114,16 @@ struct Config {
 
   static_assert(kStageSteps > 0 && (!kTable || kStageBytes <= kTableBytes / 2));
   static_assert(kChainSteps % kUnroll == 0 && kStageSteps % kUnroll == 0);
+
+  // Steps of a stage that a lane loads, of the same rows: kTileWarps warps take those of a step.
+  static constexpr int kPieces = Patch::kReduction / 4;
+  static constexpr int kTileWarps = batch_tiles < kWarps ? batch_tiles : kWarps;
+  static constexpr int kStride = kWarps / kTileWarps;
+  static constexpr int kStageLoads = (kStageSteps + kStride - 1) / kStride;
+  // The x of the next stage is on its way while this one's is multiplied, where there are registers for it.
+  static constexpr bool kAhead = kSmall && !kChains;
+  static constexpr int kSome = 32 / (2 * kPieces * parts);
+  static constexpr int kLoads = kAhead || kStageLoads < kSome ? kStageLoads : kSome;
 
   // Where a pair of a lane lies in shared memory.
   NMKERN_HD static constexpr int x_line(int lane) {
@@ -103,47 +135,80 @@ struct Config {
   }
 };
 
-// Steps [first, first + steps) of x into shared memory, as every lane's B registers: a patch of a row is
-// loaded at once and permuted in registers. A lane keeps its rows and walks along them, so that addresses are
-// sums: 17 instructions a patch (uniform, forward), 3 % of the loop's at 16 rows; with indices divided anew
-// for each it was 70.
-template <class C, class Machine>
-NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t batch_first, int64_t first,
-                           int steps, unsigned char* shared) {
+// Steps [first, first + steps) of x on their way into shared memory, as every lane's B registers: a patch of
+// a row is loaded at once and permuted in registers. A lane keeps its rows and walks along them, kLoads loads
+// at a time, so that addresses are sums: 17 instructions a patch (uniform, forward); with indices divided
+// anew for each it was 70.
+template <class C>
+struct Staged {
   using Patch = typename C::Patch;
-  constexpr int kPieces = Patch::kReduction / 4;
-  constexpr int kTileWarps = C::kBatchTiles < kWarps ? C::kBatchTiles : kWarps;
-  constexpr int kStride = kWarps / kTileWarps;  // steps that the block stages at once
-  // Turns that load at once; a patch of rademacher is four loads as it is.
-  [[maybe_unused]] constexpr int kTurns = kPieces > 2 ? 1 : 4;
-  const int warp = machine.thread() / kLanes, lane = machine.lane();
-#pragma unroll
-  for (int tile = warp % kTileWarps; tile < C::kBatchTiles; tile += kTileWarps) {
+  uint32_t element[C::kLoads][C::kParts][C::kPieces][2];  // two elements each
+
+  // Loads `at` and on of the lane's rows of a batch tile.
+  template <class Machine>
+  NMKERN_DEVICE void load(const Product& p, const Machine& machine, int64_t batch_first, int64_t first,
+                          int steps, int tile, int at) {
+    const int lane = machine.lane(), begin = first_step(machine) + at * C::kStride;
     const int64_t m = batch_first + 8 * tile + b_col(lane);
-    const int64_t k = ((first + warp / kTileWarps) * kQuadLanes + place_of(lane)) * Patch::kReduction;
+    const int64_t k = ((first + begin) * kQuadLanes + place_of(lane)) * Patch::kReduction;
     const uint16_t* x = p.x + m * p.x_row_stride + k;
     const int64_t left = m < p.batch && k < p.reduction ? p.reduction - k : 0;
     const int64_t whole = (left + C::kStep - 1) / C::kStep;
-    const int end = warp / kTileWarps + int(whole < steps ? whole : steps);  // the steps that x has
-    unsigned char* to = shared + C::x_line(lane) + C::x_offset(warp / kTileWarps, 0);
-#pragma unroll kTurns
-    for (int step = warp / kTileWarps; step < steps; step += kStride) {
+    const int end = int(whole < steps - begin ? whole : steps - begin);  // of the steps that x has
+#pragma unroll
+    for (int i = 0; i < C::kLoads; ++i)
 #pragma unroll
       for (int part = 0; part < C::kParts; ++part) {
-        uint32_t element[kPieces][2] = {};  // two elements each
-        if (step < end) machine.load_elements(x + part * p.x_part_stride, element);
-        const auto half = [&](int index) { return element[index / 4][index / 2 % 2] >> (index % 2 * 16); };
+#pragma unroll
+        for (auto& piece : element[i][part]) piece[0] = piece[1] = 0;
+        if (i * C::kStride < end)
+          machine.load_elements(x + part * p.x_part_stride + i * C::kStride * C::kStep, element[i][part]);
+      }
+  }
+
+  template <class Machine>
+  NMKERN_DEVICE void store(const Machine& machine, int steps, int tile, int at, unsigned char* shared) const {
+    const int begin = first_step(machine) + at * C::kStride;
+    unsigned char* to = shared + C::x_line(machine.lane()) + C::x_offset(begin, 0);
+#pragma unroll
+    for (int i = 0; i < C::kLoads; ++i) {
+      if (begin + i * C::kStride >= steps) continue;
+#pragma unroll
+      for (int part = 0; part < C::kParts; ++part) {
+        const auto half = [&](int index) {
+          return element[i][part][index / 4][index / 2 % 2] >> (index % 2 * 16);
+        };
 #pragma unroll
         for (int depth = 0; depth < Patch::kDepth; ++depth) {
-          const int at = (depth * C::kBatchTiles + tile) * C::kParts + part;
-          auto* pair = reinterpret_cast<uint32_t*>(to + C::x_offset(0, at));
+          const int pair_at = (depth * C::kBatchTiles + tile) * C::kParts + part;
+          auto* pair = reinterpret_cast<uint32_t*>(to + C::x_offset(i * C::kStride, pair_at));
 #pragma unroll
           for (int h = 0; h < 2; ++h)
             pair[h] = low_halves(half(Patch::reduction(depth, h, 0)), half(Patch::reduction(depth, h, 1)));
         }
       }
-      x += kStride * C::kStep;
-      to += C::x_offset(kStride, 0);
+    }
+  }
+
+ private:
+  template <class Machine>
+  NMKERN_DEVICE static int first_step(const Machine& machine) {
+    return machine.thread() / kLanes / C::kTileWarps;
+  }
+};
+
+// All of a stage at once, where it is not loaded ahead.
+template <class C, class Machine>
+NMKERN_DEVICE void stage_x(const Product& p, const Machine& machine, int64_t batch_first, int64_t first,
+                           int steps, unsigned char* shared) {
+#pragma unroll
+  for (int first_tile = 0; first_tile < C::kBatchTiles; first_tile += C::kTileWarps) {
+    const int tile = first_tile + machine.thread() / kLanes % C::kTileWarps;
+#pragma unroll
+    for (int at = 0; at < C::kStageLoads; at += C::kLoads) {
+      Staged<C> staged;
+      staged.load(p, machine, batch_first, first, steps, tile, at);
+      staged.store(machine, steps, tile, at, shared);
     }
   }
 }
@@ -231,27 +296,30 @@ NMKERN_DEVICE void add_sums(Sums (&to)[count], const Sums (&from)[count]) {
   for (int i = 0; i < count; ++i) add_sums<Machine>(to[i], from[i]);
 }
 
-// What the sums of a lane's rows of kTiles batch tiles, from `first` on, are multiplied by: powers of two, for
-// they come in units of the codes, and of the row where it is scaled. Loaded at once, for no load can pass a
-// store; of more tiles, the kernels for large batches spill.
+// What the sums of row m are multiplied by, a power of two: they come in units of the codes, and of the row
+// where it is scaled.
+template <class C, class Call>
+NMKERN_DEVICE float sum_scale(const Call& p, int64_t m) {
+  constexpr float kScale = 1 / unit<C::Patch::kFamily, C::kOperand>();
+  if constexpr (C::kScaled)
+    if (p.row_scale && m < p.batch) return p.row_scale[m] * kScale;
+  return kScale;
+}
+
+// That of a lane's rows of kTiles batch tiles, from `first` on. Loaded at once, for no load can pass a store;
+// of more tiles, the kernels for large batches spill.
 template <class C>
 struct SumScales {
-  static constexpr int kTiles = C::kBatchTiles < 2 ? C::kBatchTiles : 2;
+  static constexpr int kTiles = C::kBatchTiles == 1 || C::kTable ? 1 : 2;
   float scale[kTiles][2];
 
   template <class Call, class Machine>
   NMKERN_DEVICE SumScales(const Call& p, const Machine& machine, int64_t batch_first, int first) {
-    constexpr float kScale = 1 / unit<C::Patch::kFamily, C::kOperand>();
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        scale[tile][e] = kScale;
-        if constexpr (C::kScaled) {
-          const int64_t m = batch_first + 8 * (first + tile) + c_col(machine.lane(), e);
-          if (p.row_scale && m < p.batch) scale[tile][e] = p.row_scale[m] * kScale;
-        }
-      }
+      for (int e = 0; e < 2; ++e)
+        scale[tile][e] = sum_scale<C>(p, batch_first + 8 * (first + tile) + c_col(machine.lane(), e));
   }
 };
 
@@ -272,19 +340,25 @@ NMKERN_DEVICE void for_each_row(const Call& p, const Machine& machine, int64_t b
   }
 }
 
+// Where the outputs of a lane begin in the partial sums.
+template <class C, class Call>
+NMKERN_DEVICE float* partial_of(const Call& p, int64_t m, int64_t first_patch, int group, int slice,
+                                int64_t split_index) {
+  constexpr int kPatchOutputs = C::Patch::kTransposed ? C::Patch::kColumns : kRowsPerPatch;
+  const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * C::Patch::kFields;
+  return p.partial + (split_index * p.batch + m) * p.partial_stride + n;
+}
+
 // The sums of a lane: runs of consecutive outputs, four of them a store.
 template <class C, class Call, class Machine, class Sums>
 NMKERN_DEVICE void write_partial(const Call& p, const Machine& machine, int64_t batch_first,
                                  int64_t first_patch, int slice, int64_t split_index, const Sums& sums) {
-  using Patch = typename C::Patch;
-  constexpr int kPatchOutputs = Patch::kTransposed ? Patch::kColumns : kRowsPerPatch;
   for_each_row<C>(p, machine, batch_first, [&](int tile, int e, int64_t m, float scale) {
 #pragma unroll
     for (int group = 0; group < C::kGroups; ++group) {
-      const int64_t n = (first_patch + group * kQuads) * kPatchOutputs + slice * Patch::kFields;
-      float* to = p.partial + (split_index * p.batch + m) * p.partial_stride + n;
+      float* to = partial_of<C>(p, m, first_patch, group, slice, split_index);
 #pragma unroll
-      for (int output = 0; output < Patch::kOutputs; output += 4) {
+      for (int output = 0; output < C::Patch::kOutputs; output += 4) {
         // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
         const auto& first = sums[group][output / 2][tile];
         const auto& second = sums[group][output / 2 + 1][tile];
@@ -295,12 +369,68 @@ NMKERN_DEVICE void write_partial(const Call& p, const Machine& machine, int64_t 
   });
 }
 
+// The sums of warps that share outputs, added upward through `shared` and written: each of them takes every
+// kDepthWarps-th run.
+template <class C, class Machine, class Sums>
+NMKERN_DEVICE void write_shared(const Product& p, Machine& machine, int64_t batch_first, int64_t first_patch,
+                                int slice, int depth, unsigned char* shared, const Sums& sums) {
+  constexpr int kTileRuns = C::Patch::kOutputs / 4 * C::kBatchTiles;  // of a group
+  struct alignas(16) Half {                                           // of a run: floats of one m16 tile
+    float v[4];
+  };
+  const int output_warp = machine.thread() / kLanes % C::kOutputWarps;
+  const auto slot = [&](int run, int from, int half) {
+    const int warp = from * C::kOutputWarps + output_warp;
+    return reinterpret_cast<Half*>(shared) + ((run * C::kWarps + warp) * 2 + half) * kLanes + machine.lane();
+  };
+  static_assert(C::kDepthWarps % C::kBatchTiles == 0, "the runs of a warp are of the same rows");
+  const int64_t m = batch_first + depth % C::kBatchTiles * 8 + c_col(machine.lane(), 0);
+  const float scale[2] = {sum_scale<C>(p, m), sum_scale<C>(p, m + 1)};
+#pragma unroll
+  for (int round = 0; round < C::kRuns; round += C::kRound) {
+    machine.wait();  // what lies there has been read
+#pragma unroll
+    for (int i = 0; i < C::kRound; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int rest = (round + i) % kTileRuns;
+        const auto& own =
+            sums[(round + i) / kTileRuns][rest / C::kBatchTiles * 2 + half][rest % C::kBatchTiles];
+        *slot(i, depth, half) = {{own[0], own[1], own[2], own[3]}};
+      }
+    machine.wait();
+#pragma unroll 1
+    for (int i = depth; i < C::kRound; i += C::kDepthWarps) {
+      Half sum[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] = *slot(i, 0, half);
+#pragma unroll
+        for (int from = 1; from < C::kDepthWarps; ++from) {
+          const Half share = *slot(i, from, half);
+#pragma unroll
+          for (int reg = 0; reg < 4; ++reg)
+            sum[half].v[reg] = Machine::rounded_sum(sum[half].v[reg], share.v[reg]);
+        }
+      }
+      const int group = (round + i) / kTileRuns, output = (round + i) % kTileRuns / C::kBatchTiles * 4;
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (m + e < p.batch)
+          machine.store(partial_of<C>(p, m + e, first_patch, group, slice, machine.block_y()) + output,
+                        sum[0].v[e] * scale[e], sum[0].v[2 + e] * scale[e], sum[1].v[e] * scale[e],
+                        sum[1].v[2 + e] * scale[e]);
+    }
+  }
+}
+
 template <class C, class Machine>
 NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned char* shared) {
   using Patch = typename C::Patch;
+  const int warp = machine.thread() / kLanes, depth = warp / C::kOutputWarps;
   const int slice = int(machine.block_x() % C::kSlices);
   const int64_t first_patch = machine.block_x() / C::kSlices * int64_t{C::kBlockPatches} +
-                              machine.thread() / kLanes * C::kGroups * kQuads + quad_of(machine.lane());
+                              warp % C::kOutputWarps * C::kGroups * kQuads + quad_of(machine.lane());
   const int64_t batch_first = int64_t{machine.block_z()} * 8 * C::kBatchTiles;
   const int64_t split_first = int64_t{machine.block_y()} * p.split_steps;
   const int64_t left = p.steps - split_first;
@@ -318,32 +448,52 @@ NMKERN_DEVICE void skinny_block(const Product& p, Machine& machine, unsigned cha
     machine.keep(fixed[group]);
   }
   float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
-  if constexpr (C::kTable) stage_table<C::kOperand, kThreads>(machine, shared);
+  if constexpr (C::kTable) stage_table<C::kOperand, C::kThreads>(machine, shared);
   machine.await_previous();
-  for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
+
+  // What is left over of the last step is multiplied by zeros.
+  const auto steps_from = [&](int64_t first) {
     const int steps = int(split_end - first < C::kStageSteps ? split_end - first : C::kStageSteps);
+    return (steps + C::kUnroll - 1) / C::kUnroll * C::kUnroll;
+  };
+  [[maybe_unused]] Staged<C> ahead;
+  [[maybe_unused]] const int tile = warp % C::kTileWarps;
+  if constexpr (C::kAhead) ahead.load(p, machine, batch_first, split_first, steps_from(split_first), tile, 0);
+  for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
+    const int steps = steps_from(first);
     machine.wait();
-    // What is left over of the last step is multiplied by zeros.
-    const int whole_steps = (steps + C::kUnroll - 1) / C::kUnroll * C::kUnroll;
-    stage_x<C>(p, machine, batch_first, first, whole_steps, shared);
+    if constexpr (C::kAhead)
+      ahead.store(machine, steps, tile, 0, shared);
+    else
+      stage_x<C>(p, machine, batch_first, first, steps, shared);
     machine.wait();
+    const int64_t next = first + C::kStageSteps;
+    if constexpr (C::kAhead)
+      if (next < split_end) ahead.load(p, machine, batch_first, next, steps_from(next), tile, 0);
     const uint32_t patch =
         p.reduction_patch + uint32_t(first) * kQuadLanes + uint32_t(place_of(machine.lane()));
     const int slice_bits = slice * (32 / Patch::kColumns) * Patch::kFields;
+    // The warp's turn of the stage.
+    constexpr int kTurns = C::kDepthWarps * C::kUnroll;
+    const int turn = (steps + kTurns - 1) / kTurns * C::kUnroll, begin = depth * turn;
+    const int end = steps - begin < turn ? steps : begin + turn;
     if constexpr (C::kChains) {
 #pragma unroll 1
-      for (int step = 0; step < whole_steps; step += C::kChainSteps) {
-        const int left = whole_steps - step;
+      for (int step = begin; step < end; step += C::kChainSteps) {
+        const int left = end - step;
         float chain[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
         multiply<C>(p, machine, shared, patch, step, left < C::kChainSteps ? left : C::kChainSteps, fixed,
                     slice_bits, chain);
         add_sums<Machine>(sums, chain);
       }
     } else {
-      multiply<C>(p, machine, shared, patch, 0, whole_steps, fixed, slice_bits, sums);
+      multiply<C>(p, machine, shared, patch, begin, end - begin, fixed, slice_bits, sums);
     }
   }
-  write_partial<C>(p, machine, batch_first, first_patch, slice, machine.block_y(), sums);
+  if constexpr (C::kDepthWarps > 1)
+    write_shared<C>(p, machine, batch_first, first_patch, slice, depth, shared, sums);
+  else
+    write_partial<C>(p, machine, batch_first, first_patch, slice, machine.block_y(), sums);
 }
 
 }  // namespace nmkern::cuda

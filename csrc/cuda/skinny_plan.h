@@ -9,13 +9,15 @@
 #include "gradient.h"
 #include "pack_plan.h"
 #include "skinny_kernel.h"
+#include "split_plan.h"
 
 namespace nmkern::cuda {
 
-// Blocks that a split aims at, two for each of an H100's 132 multiprocessors; the least reduction that is
-// worth a block.
-constexpr int64_t kBlocks = 264;
+// Warps of a multiprocessor that a split counts on, the least reduction that is worth a block, and what a
+// block takes beside its steps: until the first x is there, and at the end.
+constexpr int64_t kBusyWarps = 8;
 constexpr int64_t kLeastReduction = 256;
+constexpr int64_t kBlockClocks = 2000;
 
 struct Plan {
   Product product;
@@ -66,10 +68,18 @@ Plan plan_of(const Dense& call) {
   plan.blocks_x = tiles * C::kSlices;
   plan.packing = packing_of(call, C::kParts, reduction_skip, Patch::kReduction, C::kStep);
   plan.blocks_z = ceil_div(call.batch, 8 * C::kBatchTiles);
-  constexpr int64_t kLeastSteps = kLeastReduction / C::kStep;
-  const int64_t wanted = std::max<int64_t>(
-      1, std::min({kBlocks / (plan.blocks_x * plan.blocks_z), steps / std::max<int64_t>(1, kLeastSteps),
-                   sums_bytes(call, plan.packing) / (4 * call.batch * stride)}));
+  constexpr int64_t kShare = kBusyWarps / C::kWarps;  // blocks of a multiprocessor
+  constexpr int64_t kStepWeights = int64_t{C::kOutputWarps} * C::kWarpOutputs * C::kStep;
+  Reduction reduction{};
+  reduction.steps = steps;
+  reduction.blocks = plan.blocks_x * plan.blocks_z;
+  reduction.round_blocks = kShare * kMultiprocessors;
+  reduction.step_clocks = kShare * kStepWeights * generating(call.family) / (4 * 4 * kLanes);
+  reduction.block_clocks = kBlockClocks;
+  reduction.split_bytes = 2 * 4 * call.batch * stride;
+  reduction.least_steps = std::max<int64_t>(1, kLeastReduction / C::kStep);
+  reduction.most_splits = sums_bytes(call, plan.packing) / (4 * call.batch * stride);
+  const int64_t wanted = splits_of(reduction);
   const int64_t split_steps = ceil_div(ceil_div(steps, wanted), C::kUnroll) * C::kUnroll;
   plan.splits = ceil_div(steps, split_steps);
   plan.partial_bytes = aligned_up(plan.splits * call.batch * stride * 4);

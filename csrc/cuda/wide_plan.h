@@ -9,11 +9,10 @@
 
 namespace nmkern::cuda {
 
-// Blocks that a split aims at, one for each of an H100's 132 multiprocessors, and the least reduction that is
-// worth a block. A batch whose scratch would take more than call.most_scratch is taken in parts of
-// kBatchRows.
-constexpr int64_t kWideBlocks = 132;
+// The least reduction that is worth a block, and what a block takes beside it. A batch whose scratch would
+// take more than call.most_scratch is taken in parts of kBatchRows.
 constexpr int64_t kWideLeastReduction = 512;
+constexpr int64_t kWideBlockClocks = 4000;
 constexpr int64_t kBatchRows = 128;
 static_assert(kBatchRows <= kChunkRows, "the least part takes no index");
 
@@ -41,11 +40,20 @@ WidePlan wide_plan_of(const Dense& call) {
   p.output_blocks = patch_blocks * (C::kSlices / C::kBlockSlices);
   p.batch_blocks = ceil_div(call.batch, 8 * C::kBatchTiles);
   const int64_t left = sums_bytes(call, plan.packing) - index_bytes(finish_of(call, 1, stride, output_skip));
-  const int64_t wanted =
-      std::max<int64_t>(1, std::min({kWideBlocks / (p.output_blocks * p.batch_blocks),
-                                     p.turns * C::kTurn / std::max<int64_t>(C::kTurn, kWideLeastReduction),
-                                     left / aligned_up(4 * call.batch * stride)}));
-  p.split_turns = ceil_div(p.turns, wanted);
+  Reduction reduction{};
+  reduction.steps = p.turns;
+  reduction.blocks = p.output_blocks * p.batch_blocks;
+  reduction.round_blocks = kMultiprocessors;
+  // 2048 products a clock, or as many as 128 instructions a clock can generate weights for.
+  constexpr int64_t kWeights = 256 * C::kTurn;
+  reduction.step_clocks = std::max<int64_t>(kWeights * 8 * C::kBatchTiles * C::kParts / 2048,
+                                            kWeights * generating(call.family) / (4 * 4 * kLanes));
+  reduction.block_clocks = kWideBlockClocks;
+  reduction.split_bytes = 2 * 4 * call.batch * stride;
+  reduction.direct = !call.gain_grad.data;
+  reduction.least_steps = std::max<int64_t>(1, kWideLeastReduction / C::kTurn);
+  reduction.most_splits = left / aligned_up(4 * call.batch * stride);
+  p.split_turns = ceil_div(p.turns, splits_of(reduction));
   plan.splits = ceil_div(p.turns, p.split_turns);
   p.tiles = p.output_blocks * p.batch_blocks * plan.splits;
   p.keys = round_keys(call.key, call.family);

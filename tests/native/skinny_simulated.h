@@ -148,7 +148,7 @@ inline void run_finish(const Finish& f) {
         return run_gradient<Gradient::by_context>(f);
     }
   }
-  WarpBlock none(kThreads, 0, 0, 0);
+  WarpBlock none(kLanes, 0, 0, 0);
   const bool one = rows_at_once(f) == 1;
   for (int64_t at = 0; at < (one ? f.batch : ceil_div(f.batch, kRowsAtOnce)) * f.outputs; ++at)
     one ? finish_thread<1>(f, HostLane(none, 0), at) : finish_thread<kRowsAtOnce>(f, HostLane(none, 0), at);
@@ -176,9 +176,9 @@ void run_product(const Dense& call, void* scratch) {
   for (uint32_t z = 0; z < plan.blocks_z; ++z)
     for (uint32_t y = 0; y < plan.splits; ++y)
       for (uint32_t x = 0; x < plan.blocks_x; ++x)
-        run_threads<HostLane>(kThreads, C::kSharedBytes, x, y, z, [&](HostLane& lane, unsigned char* shared) {
-          skinny_block<C>(plan.product, lane, shared);
-        });
+        run_threads<HostLane>(
+            C::kThreads, C::kSharedBytes, x, y, z,
+            [&](HostLane& lane, unsigned char* shared) { skinny_block<C>(plan.product, lane, shared); });
   run_finish(plan.finish);
 }
 

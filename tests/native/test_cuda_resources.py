@@ -4,6 +4,7 @@ They are written by ``python -m benchmarks resources --cuda``; figures belong to
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_kernels_wait_for_those_before_them():
         assert cuda_resources.overtakes(code, "FamilyE259" in name, "flynet" in name) == [], name
     for arch in ("80", "89"):
         assert not any("ACQBULK" in kernel.code for kernel in cuda_resources.kernels(arch))
+
+
+@pytest.mark.skipif(not cuda.LIBRARY_PATH.exists(), reason="nmkern/_cuda.so was not built: there is no nvcc")
+@pytest.mark.parametrize("arch", cuda_resources.ARCHS)
+def test_sums_and_outputs_are_stored_in_fours(arch):
+    """nvcc makes four stores of one where it is not said how: each writes a quarter of a sector."""
+    products = [kernel for kernel in cuda_resources.kernels(arch) if "skinny_kernel" in kernel.name]
+    products += [kernel for kernel in cuda_resources.kernels("90a") if "wide_kernel" in kernel.name]
+    assert len(products) == 66 + 48
+    for kernel in products:
+        stores = re.findall(r"\bSTG\S*", kernel.code)
+        assert stores and all(re.match(r"STG\.E\.(64|128)\b", store) for store in stores), kernel.name
 
 
 def test_what_does_not_wait_is_found():
