@@ -195,6 +195,8 @@ def table(found: list[dict[str, Any]], outcome: Outcome) -> str:
     """The rows as text: times, ratios, rates; then what failed and what was not measured."""
     measured = [row for row in found if "seconds" in row]
     lines = []
+    if found and "tests" in found[0]:
+        lines.append(f"GPU tests: {found[0]['tests']}")
     if measured:
         first = measured[0]
         versions = first["versions"]

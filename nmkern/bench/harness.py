@@ -93,7 +93,7 @@ class Report:
     """Rows as JSON lines, appended, and a line of text for each.
 
     ``by``: what is made to serve the calls for now, where it is not what serves them of itself. Such rows are
-    cases of their own.
+    cases of their own. ``also``: what else every row is to say.
     """
 
     def __init__(
@@ -102,11 +102,13 @@ class Report:
         clock: Clock,
         commit: str | None = None,
         tell: Callable[[str], object] = print_at_once,
+        also: Mapping[str, object] | None = None,
     ) -> None:
         self.path = path
         self.clock = clock
         self.commit = commit
         self.tell = tell
+        self.also = also or {}
         self.by: str | None = None
         self.rows: list[dict[str, object]] = []
 
@@ -154,7 +156,7 @@ class Report:
 
     def write(self, row: dict[str, object]) -> None:
         """Keep a row, with where it comes from, and append it to the file."""
-        row = {**row, **provenance(), **self.clock.machine()}
+        row = {**row, **provenance(), **self.clock.machine(), **self.also}
         if self.by is not None:
             row["by"] = self.by
         if self.commit is not None:

@@ -170,6 +170,37 @@ def test_after_the_loss_of_the_device_no_row_is_tried(tmp_path):
     assert outcome.left == {"second": "the device was lost"}
 
 
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function that runs the whole command with rows of the test's own, on a GPU that is none."""
+    for name in ("require_device", "build"):
+        monkeypatch.setattr(gpu, name, lambda: None)
+    monkeypatch.setattr("nmkern.bench.clocks.CudaClock", HostClock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def run(rows, refused=None):
+        monkeypatch.setattr(gpu, "tests_refused", lambda *_: refused)
+        monkeypatch.setattr(gpu_rows, "rows", rows)
+        return gpu.run(tmp_path, quick=True)
+
+    return run
+
+
+def identity(report, _):
+    ones = torch.ones(3)
+    case = Case("identity", 1, 3, 3, "float32", "none", 9)
+    yield Row("identity", 0, lambda: report.measure(case, ones.clone, {}, check(ones, ones, 0.0), 0.0))
+
+
+@pytest.mark.parametrize("refused", [None, "1 were skipped"])
+def test_rows_are_measured_whatever_the_tests_said_and_tell_it(run, tmp_path, capsys, refused):
+    assert run(identity, refused) == (refused is not None)
+    (row,) = read(tmp_path / "rows.jsonl")
+    assert row["seconds"] and row["tests"] == (refused or "passed")
+    assert (tmp_path / "table.txt").read_text().startswith(f"GPU tests: {refused or 'passed'}\n")
+    assert ("did not pass" in capsys.readouterr().out) == (refused is not None)
+
+
 @pytest.mark.parametrize(
     ("library", "nvcc", "tests"),
     [
