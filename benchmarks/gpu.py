@@ -9,14 +9,17 @@ ran and passed and every row that was tried went well. Rows that no longer fit i
 With --sanitize, CUDA's compute-sanitizer watches the cases of the CUDA kernels instead, and that is all.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import torch
@@ -24,6 +27,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 MINUTES = 8.0
 _TESTS_SHARE = 0.6  # of the time, at most: the rest is for the rows
+_EACH = 150.0  # seconds of a test; that which compiles most takes some 60
+_GRACE = 30.0  # seconds that pytest has to write down what it knows
 
 
 def require_device() -> None:
@@ -60,10 +65,32 @@ def gpu_tests() -> tuple[str, ...]:
     return ("-m", " and not ".join(["gpu", *missing]), "tests")
 
 
-def tests_refused(out: Path, seconds: float, tests: Sequence[str]) -> str | None:
+def ended(command: Sequence[str], seconds: float, **how: Any) -> int | None:
+    """The exit status of a command; None where it took more than ``seconds``, and was interrupted.
+
+    Nothing that it started outlives it: a program that hangs would hold the GPU while rows are measured.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: a child inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    child = subprocess.Popen(command, start_new_session=True, **how)
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def tests_refused(out: Path, seconds: float, tests: Sequence[str], each: float) -> str | None:
     """Run ``tests`` with pytest, output to ``out``/tests.txt; why they do not count as passed, or None.
 
-    A test that is skipped does not count: on this machine nothing is missing that could excuse it.
+    A test that is skipped does not count: on this machine nothing is missing that could excuse it. One that
+    takes more than ``each`` seconds is ended where there is pytest-timeout, and else shows where it hangs.
     """
     results = out / "tests.xml"
     results.unlink(missing_ok=True)
@@ -73,25 +100,26 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str]) -> str | None
     ours.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     ours["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # addopts asks for xdist, which may not be there.
-    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-rs", "--strict-markers"]
-    command = [*pytest, *workers, f"--junitxml={results.resolve()}", *tests]
+    pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-rfEs", "--strict-markers", "--durations=15"]
+    if importlib.util.find_spec("pytest_timeout"):
+        limit = [f"--timeout={each:.0f}", "--timeout-method=thread"]
+    else:
+        limit = ["-o", f"faulthandler_timeout={each:.0f}"]
+    command = [*pytest, *workers, *limit, f"--junitxml={results.resolve()}", *tests]
     with (out / "tests.txt").open("w") as file:
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=ours, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
-            )
-        except subprocess.TimeoutExpired:
-            return f"they took more than {seconds:.0f} s"
+        status = ended(command, seconds, cwd=ROOT, env=ours, stdout=file, stderr=subprocess.STDOUT)
+    why = f"they took more than {seconds:.0f} s" if status is None else f"pytest ended with {status}"
     if not results.exists():
-        return f"pytest ended with {done.returncode}"
+        return why
     suite = ElementTree.parse(results).getroot().find("testsuite")
     assert suite is not None
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    print("GPU tests: " + ", ".join(f"{count} {key}" for key, count in counts.items()), flush=True)
-    if counts["tests"] == 0:
+    told = ", ".join(f"{count} {key}" for key, count in counts.items())
+    print(f"GPU tests: {told}", flush=True)
+    if counts["tests"] == 0 and status is not None:
         return "none was collected"
-    if done.returncode != 0 or counts["failures"] or counts["errors"]:
-        return f"pytest ended with {done.returncode}"
+    if status != 0 or counts["failures"] or counts["errors"]:
+        return f"{why}: {told}"
     return f"{counts['skipped']} were skipped" if counts["skipped"] else None
 
 
@@ -101,7 +129,8 @@ def sanitize(out: Path, minutes: float) -> int:
     if missing := [name for name in ("nvcc", "compute-sanitizer") if shutil.which(name) is None]:
         raise RuntimeError(f"gpu --sanitize: expected {' and '.join(missing)} on PATH")
     out.mkdir(parents=True, exist_ok=True)
-    refused = tests_refused(out, 60 * minutes, ("-m", "sanitizer", "tests"))
+    # A tool may take minutes for its test, and all of the time if it must.
+    refused = tests_refused(out, 60 * minutes, ("-m", "sanitizer", "tests"), 60 * minutes)
     print(f"compute-sanitizer: {refused or 'nothing was found'}. See {out / 'tests.txt'}")
     return int(refused is not None)
 
@@ -115,7 +144,7 @@ def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = N
     require_device()
     out.mkdir(parents=True, exist_ok=True)
     build()
-    refused = tests_refused(out, _TESTS_SHARE * 60 * minutes, gpu_tests())
+    refused = tests_refused(out, _TESTS_SHARE * 60 * minutes, gpu_tests(), _EACH)
     if refused:
         print(f"GPU tests did not pass: {refused}. See {out / 'tests.txt'}", flush=True)
     # Only now: what imports the package must find the library that has just been built.

@@ -7,6 +7,7 @@ graphs, events) is replaced by a record of the calls, and only that.
 import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -234,16 +235,72 @@ def test_what_cannot_be_here_is_not_asked_for(tmp_path, monkeypatch, capsys, lib
 )
 def test_only_gpu_tests_that_ran_and_passed_count(tmp_path, body, refused):
     (tmp_path / "test_x.py").write_text(body)
-    found = gpu.tests_refused(tmp_path, 60, ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py")))
+    tests = ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py"))
+    found = gpu.tests_refused(tmp_path, 60, tests, 60)
     assert found is None if refused is None else found.startswith(refused)
     assert (tmp_path / "tests.txt").read_text() != ""
 
 
+HANGS = """
+import pathlib, subprocess, time
+def test_fails(): assert 1 + 1 == 3
+def test_hangs():
+    child = subprocess.Popen(["sleep", "300"])
+    pathlib.Path({pid!r}).write_text(str(child.pid))
+    time.sleep(300)
+"""
+
+
 @pytest.mark.slow
-def test_gpu_tests_that_take_too_long_are_ended(tmp_path):
-    (tmp_path / "test_x.py").write_text("import time\ndef test_a(): time.sleep(60)")
-    found = gpu.tests_refused(tmp_path, 2, ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py")))
-    assert found == "they took more than 2 s"
+@pytest.mark.parametrize("xdist", [True, False])
+def test_gpu_tests_that_take_too_long_are_ended_and_tell_what_they_found(tmp_path, monkeypatch, xdist):
+    if not xdist:
+        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    pid = tmp_path / "pid"
+    (tmp_path / "test_x.py").write_text(HANGS.format(pid=str(pid)))
+    tests = ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py"))
+    found = gpu.tests_refused(tmp_path, 20, tests, 3)
+    assert found.startswith("they took more than 20 s") and "1 failures" in found
+    told = (tmp_path / "tests.txt").read_text()
+    assert "assert (1 + 1) == 3" in told and "slowest 15 durations" in told
+    assert "in test_hangs" in told  # where it was
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid.read_text()}").exists():
+        assert time.monotonic() < deadline, "what the test started is still there"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_tests_that_ignore_the_interrupt_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_GRACE", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
+    start = time.monotonic()
+    assert gpu.ended([sys.executable, "-c", deaf], 2) is None
+    assert time.monotonic() - start < 60
+
+
+def test_a_background_shell_that_ignores_interrupts_does_not_make_tests_deaf(run_python):
+    """There a child inherits that the signal is ignored, and Python then does not raise for it."""
+    script = """
+import signal, sys
+sys.path.insert(0, {root!r})
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from benchmarks import gpu
+child = "import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+print(gpu.ended([sys.executable, "-c", child], 60))
+"""
+    assert run_python(script.format(root=str(gpu.ROOT))) == "0\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_test_has_a_time_of_its_own(tmp_path, monkeypatch, there):
+    commands = []
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: there and name == "pytest_timeout")
+    monkeypatch.setattr(gpu, "ended", lambda command, *_, **__: commands.append(command))
+    gpu.tests_refused(tmp_path, 60, ("tests",), 150)
+    (command,) = commands
+    assert ("--timeout=150" in command and "--timeout-method=thread" in command) == there
+    assert ("faulthandler_timeout=150" in command) != there
 
 
 @pytest.mark.parametrize("refused", [None, "1 were skipped"])
@@ -258,7 +315,7 @@ def test_the_sanitizer_runs_its_own_tests_and_nothing_else(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == (refused is not None)
-    assert asked == [(tmp_path, 180, ("-m", "sanitizer", "tests"))]
+    assert asked == [(tmp_path, 180, ("-m", "sanitizer", "tests"), 180)]
     assert (refused or "nothing was found") in capsys.readouterr().out
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="expected nvcc and compute-sanitizer on PATH"):

@@ -85,7 +85,7 @@ def build_for_gpu(folder, kernels):
 @pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
 def test_a_gpu_computes_the_same_cases(tmp_path, kernels):
     program, printed = build_for_gpu(tmp_path, kernels)
-    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, printed)
 
 
