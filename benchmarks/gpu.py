@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 MINUTES = 8.0
 _TESTS_SHARE = 0.6  # of the time, at most: the rest is for the rows
 _EACH = 150.0  # seconds of a test; that which compiles most takes some 60
+# Where tests that need a GPU are. First those that compile for longest: the others run meanwhile.
+TESTS = ("tests/native", "tests/backends")
 _GRACE = 30.0  # seconds that pytest has to write down what it knows
 
 
@@ -62,7 +64,7 @@ def gpu_tests() -> tuple[str, ...]:
     there = {"cuda_library": (ROOT / "nmkern/_cuda.so").exists(), "nvcc": shutil.which("nvcc") is not None}
     if missing := [name for name, found in there.items() if not found]:
         print(f"without {' and '.join(missing)}: what needs it is neither tested nor measured", flush=True)
-    return ("-m", " and not ".join(["gpu", *missing]), "tests")
+    return ("-m", " and not ".join(["gpu", *missing]), *TESTS)
 
 
 def ended(command: Sequence[str], seconds: float, **how: Any) -> int | None:
@@ -130,7 +132,7 @@ def sanitize(out: Path, minutes: float) -> int:
         raise RuntimeError(f"gpu --sanitize: expected {' and '.join(missing)} on PATH")
     out.mkdir(parents=True, exist_ok=True)
     # A tool may take minutes for its test, and all of the time if it must.
-    refused = tests_refused(out, 60 * minutes, ("-m", "sanitizer", "tests"), 60 * minutes)
+    refused = tests_refused(out, 60 * minutes, ("-m", "sanitizer", *TESTS), 60 * minutes)
     print(f"compute-sanitizer: {refused or 'nothing was found'}. See {out / 'tests.txt'}")
     return int(refused is not None)
 

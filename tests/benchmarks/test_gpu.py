@@ -6,6 +6,7 @@ graphs, events) is replaced by a record of the calls, and only that.
 
 import contextlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -217,8 +218,16 @@ def test_what_cannot_be_here_is_not_asked_for(tmp_path, monkeypatch, capsys, lib
         (tmp_path / "nmkern/_cuda.so").touch()
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: "/bin/nvcc" if nvcc else None)
-    assert gpu.gpu_tests() == ("-m", tests, "tests")
+    assert gpu.gpu_tests() == ("-m", tests, "tests/native", "tests/backends")
     assert ("neither tested nor measured" in capsys.readouterr().out) == (tests != "gpu")
+
+
+def test_no_test_that_needs_a_gpu_is_where_it_is_not_looked_for():
+    needs = re.compile(r"mark\.(gpu|cuda_library|nvcc|sanitizer)\b")
+    tests = gpu.ROOT / "tests"
+    found = {path for path in tests.rglob("*.py") if needs.search(path.read_text())}
+    assert len(found) > 2
+    assert {path.parent.relative_to(gpu.ROOT).as_posix() for path in found} <= set(gpu.TESTS)
 
 
 @pytest.mark.slow
@@ -315,7 +324,7 @@ def test_the_sanitizer_runs_its_own_tests_and_nothing_else(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == (refused is not None)
-    assert asked == [(tmp_path, 180, ("-m", "sanitizer", "tests"), 180)]
+    assert asked == [(tmp_path, 180, ("-m", "sanitizer", "tests/native", "tests/backends"), 180)]
     assert (refused or "nothing was found") in capsys.readouterr().out
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="expected nvcc and compute-sanitizer on PATH"):

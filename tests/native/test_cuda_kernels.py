@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from native import device_programs
+
 HERE = Path(__file__).parent
 VECTORS = HERE.parent / "vectors.txt"
 FLAGS = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
@@ -63,28 +65,19 @@ needs_gpu = (
 )
 
 
-def build_for_gpu(folder, kernels):
+def build_for_gpu(kernels):
     """The program that runs the cases on this GPU, and what it prints."""
-    program = folder / f"{kernels}_device"
-    major, minor = torch.cuda.get_device_capability()
-    hopper = (major, minor) == (9, 0)
-    arch = "90a" if hopper else f"{major}{minor}"
-    target = f"arch=compute_{arch},code=sm_{arch}"
-    names = ("pack", "skinny", "wide", "finish", "device") if kernels == "dense" else (kernels, "device")
-    sources = [HERE.parents[1] / f"csrc/cuda/{name}.cu" for name in names]
-    flags = ["-std=c++20", "-O3", "-fmad=false", "-lineinfo", "-cudart", "static", "-gencode", target]
-    flags += [f'-DNMKERN_CUDA_ARCHS="{arch}"', *(["-DNMKERN_WIDE"] if hopper else [])]
-    subprocess.run(["nvcc", *flags, *sources, HERE / f"{kernels}_device.cpp", "-o", program], check=True)
-    twice = 1 + (hopper and kernels == "dense")  # by each of the two kernels
+    target = device_programs.arch(torch.cuda.get_device_capability())
+    twice = 1 + (target == "90a" and kernels == "dense")  # by each of the two kernels
     finishes = 294 * (kernels == "dense")
-    return program, f"{twice * CASES[kernels] + finishes} cases\n"
+    return device_programs.program(kernels, target), f"{twice * CASES[kernels] + finishes} cases\n"
 
 
 @pytest.mark.gpu
 @pytest.mark.nvcc
 @pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
-def test_a_gpu_computes_the_same_cases(tmp_path, kernels):
-    program, printed = build_for_gpu(tmp_path, kernels)
+def test_a_gpu_computes_the_same_cases(kernels):
+    program, printed = build_for_gpu(kernels)
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (0, printed)
 
@@ -94,8 +87,8 @@ def test_a_gpu_computes_the_same_cases(tmp_path, kernels):
 @pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
-def test_the_sanitizer_finds_nothing(tmp_path, kernels, tool):
-    program, printed = build_for_gpu(tmp_path, kernels)
+def test_the_sanitizer_finds_nothing(kernels, tool):
+    program, printed = build_for_gpu(kernels)
     command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and printed in done.stdout, done.stdout[-4000:]
