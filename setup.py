@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -169,7 +170,8 @@ class BuildNative(build_ext):
         target.unlink(missing_ok=True)
         cuda = target.stem == "_cuda"
         try:
-            record = {"built": "yes", "detail": (self._build_cuda if cuda else self._build)(ext, target)}
+            detail = (self._build_cuda if cuda else self._build)(ext, target)
+            record = {"built": "yes", "detail": detail, "sources": SOURCES}
         except Exception as error:  # any failure leaves a package that works, and says why it is slow
             if cuda and self.cuda == "on":
                 raise
@@ -263,6 +265,8 @@ def sources(pattern: str, *, cuda: bool) -> list[str]:
     return sorted(str(path) for path in Path("csrc").rglob(pattern) if (path.parts[1] == "cuda") == cuda)
 
 
+# So that a library that is older than the sources is known, whatever the times of files say.
+SOURCES = runpy.run_path("nmkern/bench/sources.py")["digest"](Path())
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
 
 setup(

@@ -1,6 +1,6 @@
 """``python -m benchmarks gpu --out DIR [--quick | --sanitize]``: everything that needs a GPU, in one command.
 
-    CUDA device? -> native libraries, built in place if missing -> the GPU tests -> the GPU's rows -> a table
+    CUDA device? -> native libraries, built in place if need be -> the GPU tests -> the GPU's rows -> a table
 
 Runs from a checkout, installed or not. DIR gets tests.txt (what pytest said), rows.jsonl (appended row
 by row) and table.txt. Every row checks its own result before it is timed, so rows are measured even where a
@@ -11,7 +11,9 @@ With --sanitize, CUDA's compute-sanitizer watches the cases of the CUDA kernels 
 
 import contextlib
 import importlib.util
+import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,8 @@ from xml.etree import ElementTree
 import torch
 
 ROOT = Path(__file__).parents[1]
+# By its path, as nothing may import the package before its libraries are built.
+digest = runpy.run_path(str(ROOT / "nmkern/bench/sources.py"))["digest"]
 MINUTES = 8.0
 _TESTS_SHARE = 0.6  # of the time, at most: the rest is for the rows
 _EACH = 150.0  # seconds of a test; that which compiles most takes some 60
@@ -43,20 +47,44 @@ def require_device() -> None:
         )
 
 
-def build() -> None:
-    """The native libraries, beside their package, where they are not there yet; the cuda one with nvcc."""
-    missing = [name for name in ("_native.so", "_cuda.so") if not (ROOT / "nmkern" / name).exists()]
-    if not missing or (missing == ["_cuda.so"] and shutil.which("nvcc") is None):
-        return
-    print("building the native libraries", flush=True)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if missing := [name for name in missing if not (ROOT / "nmkern" / name).exists()]:  # rows do without
-        print(f"{missing} was not built; going on:\n{done.stdout}{done.stderr}", flush=True)
+def libraries() -> dict[str, str | None]:
+    """The hash of the sources that each native library was built from; None: no library, or no record."""
+    found = {}
+    for name in ("native", "cuda"):
+        try:
+            record = json.loads((ROOT / f"nmkern/{name}_build.json").read_text())
+        except FileNotFoundError:
+            record = {}
+        found[name] = record.get("sources") if (ROOT / f"nmkern/_{name}.so").exists() else None
+    return found
+
+
+def build() -> dict[str, object]:
+    """The native libraries, beside their package, where they are missing or of other sources.
+
+    That for GPUs with nvcc, and for this GPU alone. What rows say of it: the hash of the checkout's sources,
+    and of those of each library.
+    """
+    sources = digest(ROOT)
+    wanted = ["native", *(["cuda"] if shutil.which("nvcc") else [])]
+    if any(libraries()[name] != sources for name in wanted):
+        print("building the native libraries", flush=True)
+        capability = torch.cuda.get_device_capability()
+        arch = "90a" if capability == (9, 0) else "".join(map(str, capability))
+        done = subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--parallel", "2"],
+            cwd=ROOT,
+            env={"NMKERN_CUDA_ARCHS": arch, **os.environ},
+            capture_output=True,
+            text=True,
+        )
+        if not_built := [name for name in wanted if libraries()[name] != sources]:  # rows do without
+            print(f"{not_built} was not built; going on:\n{done.stdout}{done.stderr}", flush=True)
+    found = libraries()
+    for name, built_from in found.items():
+        if (ROOT / f"nmkern/_{name}.so").exists() and built_from != sources:
+            print(f"_{name}.so is of other sources ({built_from}) than these ({sources})", flush=True)
+    return {"sources": sources, "libraries": found}
 
 
 def gpu_tests() -> tuple[str, ...]:
@@ -145,7 +173,7 @@ def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = N
     start = time.monotonic()
     require_device()
     out.mkdir(parents=True, exist_ok=True)
-    build()
+    built = build()
     refused = tests_refused(out, _TESTS_SHARE * 60 * minutes, gpu_tests(), _EACH)
     if refused:
         print(f"GPU tests did not pass: {refused}. See {out / 'tests.txt'}", flush=True)
@@ -155,7 +183,7 @@ def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = N
     from nmkern.bench.harness import Report
     from nmkern.bench.plan import Outcome, follow
 
-    report = Report(out / "rows.jsonl", CudaClock(), commit, also={"tests": refused or "passed"})
+    report = Report(out / "rows.jsonl", CudaClock(), commit, also={"tests": refused or "passed", **built})
     extent = gpu_rows.QUICK if quick else gpu_rows.Extent()
     outcome = Outcome()
     try:

@@ -175,8 +175,8 @@ def test_after_the_loss_of_the_device_no_row_is_tried(tmp_path):
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """A function that runs the whole command with rows of the test's own, on a GPU that is none."""
-    for name in ("require_device", "build"):
-        monkeypatch.setattr(gpu, name, lambda: None)
+    monkeypatch.setattr(gpu, "require_device", lambda: None)
+    monkeypatch.setattr(gpu, "build", lambda: {"sources": "ab"})
     monkeypatch.setattr("nmkern.bench.clocks.CudaClock", HostClock)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -198,9 +198,83 @@ def identity(report, _):
 def test_rows_are_measured_whatever_the_tests_said_and_tell_it(run, tmp_path, capsys, refused):
     assert run(identity, refused) == (refused is not None)
     (row,) = read(tmp_path / "rows.jsonl")
-    assert row["seconds"] and row["tests"] == (refused or "passed")
+    assert row["seconds"] and row["tests"] == (refused or "passed") and row["sources"] == "ab"
     assert (tmp_path / "table.txt").read_text().startswith(f"GPU tests: {refused or 'passed'}\n")
     assert ("did not pass" in capsys.readouterr().out) == (refused is not None)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout whose setup.py writes down how it was called, and builds what it is told to."""
+    for folder in ("nmkern", "csrc/cuda"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "csrc/cuda/x.cu").write_text("1")
+    (tmp_path / "setup.py").write_text(SETUP.format(file=gpu.ROOT / "nmkern/bench/sources.py"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.delenv("NMKERN_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("MAKES", "native cuda")
+    return tmp_path
+
+
+SETUP = """
+import json, os, runpy, sys
+from pathlib import Path
+with open("calls", "a") as file:
+    file.write(" ".join([os.environ["NMKERN_CUDA_ARCHS"], *sys.argv[1:]]) + "\\n")
+for name in os.environ["MAKES"].split():
+    Path("nmkern/_" + name + ".so").touch()
+    sources = runpy.run_path("{file}")["digest"](Path())
+    Path("nmkern/" + name + "_build.json").write_text(json.dumps(dict(sources=sources)))
+"""
+
+
+def test_libraries_are_built_where_they_are_missing_or_of_other_sources(checkout):
+    def calls():
+        return (checkout / "calls").read_text().splitlines() if (checkout / "calls").exists() else []
+
+    built = gpu.build()
+    assert built["libraries"] == {"native": built["sources"], "cuda": built["sources"]}
+    assert calls() == ["90a --quiet build_ext --inplace --parallel 2"]
+    assert gpu.build() == built and len(calls()) == 1
+    (checkout / "csrc/cuda/x.cu").write_text("2")
+    again = gpu.build()
+    assert len(calls()) == 2 and again["libraries"]["cuda"] == again["sources"] != built["sources"]
+    (checkout / "nmkern/cuda_build.json").unlink()  # as before there were hashes
+    assert gpu.build() == again and len(calls()) == 3
+    (checkout / "nmkern/_native.so").unlink()
+    assert gpu.build() == again and len(calls()) == 4
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((8, 9), "89"), ((9, 0), "90a"), ((10, 0), "100")])
+def test_libraries_are_built_for_this_gpu_alone(checkout, monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    gpu.build()
+    (checkout / "nmkern/_cuda.so").unlink()
+    monkeypatch.setenv("NMKERN_CUDA_ARCHS", "80")
+    gpu.build()
+    assert [line.split()[0] for line in (checkout / "calls").read_text().splitlines()] == [arch, "80"]
+
+
+def test_a_library_that_stays_of_other_sources_is_told_in_text_and_rows(checkout, monkeypatch, capsys):
+    first = gpu.build()
+    (checkout / "csrc/cuda/x.cu").write_text("2")
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)  # and so nothing that could build it
+    monkeypatch.setenv("MAKES", "native")
+    built = gpu.build()
+    assert built["libraries"] == {"native": built["sources"], "cuda": first["sources"]}
+    assert "_cuda.so is of other sources" in capsys.readouterr().out
+
+
+def test_the_hash_of_the_sources_is_that_of_names_contents_and_flags(tmp_path):
+    seen = set()
+    for name, text in (("csrc/a.h", ""), ("csrc/a.h", "b"), ("csrc/ab.h", "b"), ("setup.py", "-O3")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.add(gpu.digest(tmp_path))
+    (tmp_path / "README.md").write_text("no source")
+    assert len(seen) == 4 and gpu.digest(tmp_path) in seen
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from setuptools.errors import OptionError
 
 from nmkern.backends import cuda
+from nmkern.bench.sources import digest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -95,6 +96,11 @@ def test_a_compiler_that_fails_is_told_with_its_words(build, monkeypatch, tmp_pa
     record, library = build()
     assert record == {"built": "no", "detail": "nvcc ended with 7: no such GPU"}
     assert not library.exists()
+
+
+def test_a_library_that_was_built_names_its_sources(build):
+    record, _ = build(_build_cuda=lambda ext, target: "by hand")
+    assert record == {"built": "yes", "detail": "by hand", "sources": digest(ROOT)}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
