@@ -20,7 +20,12 @@ def main() -> None:
     extent = gpu.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="few sizes and batches, for a first look")
     extent.add_argument("--sanitize", action="store_true", help="compute-sanitizer on the CUDA kernels alone")
-    gpu.add_argument("--out", type=Path, required=True, help="folder for tests.txt, rows.jsonl, table.txt")
+    gpu.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu"),
+        help="folder for tests.txt, rows.jsonl, table.txt (default: %(default)s)",
+    )
     gpu.add_argument("--minutes", type=float, default=8, help="for all of it; rows that do not fit are left")
     gpu.add_argument("--commit", help="what rows name as their commit, where the checkout has no history")
     commands.add_parser("report", help="rebuild the README's table and figure from benchmarks/results")

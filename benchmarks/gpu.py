@@ -1,4 +1,4 @@
-"""``python -m benchmarks gpu --out DIR [--quick | --sanitize]``: everything that needs a GPU, in one command.
+"""``python -m benchmarks gpu [--out DIR] [--quick | --sanitize]``: all that needs a GPU, in one command.
 
     CUDA device? -> native libraries, built in place if need be -> the GPU tests -> the GPU's rows -> a table
 

@@ -405,6 +405,17 @@ def test_the_sanitizer_runs_its_own_tests_and_nothing_else(tmp_path, monkeypatch
         gpu.sanitize(tmp_path, 3)
 
 
+@pytest.mark.parametrize("extent", [[], ["--sanitize"]])
+def test_the_results_have_a_place_of_their_own(monkeypatch, extent):
+    asked = []
+    for name in ("run", "sanitize"):
+        monkeypatch.setattr(gpu, name, lambda out, *_: asked.append(out))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", *extent])
+    with pytest.raises(SystemExit):
+        main()
+    assert asked == [Path("runs/gpu")]
+
+
 class Recorded:
     """Stands for torch.cuda: events tell the number of device operations before them."""
 
