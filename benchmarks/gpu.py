@@ -159,9 +159,12 @@ def sanitize(out: Path, minutes: float) -> int:
     if missing := [name for name in ("nvcc", "compute-sanitizer") if shutil.which(name) is None]:
         raise RuntimeError(f"gpu --sanitize: expected {' and '.join(missing)} on PATH")
     out.mkdir(parents=True, exist_ok=True)
-    # A tool may take minutes for its test, and all of the time if it must.
-    refused = tests_refused(out, 60 * minutes, ("-m", "sanitizer", *TESTS), 60 * minutes)
-    print(f"compute-sanitizer: {refused or 'nothing was found'}. See {out / 'tests.txt'}")
+    # What the tools say goes to files of the tests' folders as they go, and is there whatever ends them. One
+    # may take minutes for its test, and all of the time if it must.
+    told = out / "sanitizer"
+    tests = (f"--basetemp={told.resolve()}", "-m", "sanitizer", *TESTS)
+    refused = tests_refused(out, 60 * minutes, tests, 60 * minutes)
+    print(f"compute-sanitizer: {refused or 'nothing was found'}. See {out / 'tests.txt'} and {told}")
     return int(refused is not None)
 
 

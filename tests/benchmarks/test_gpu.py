@@ -300,6 +300,7 @@ def test_no_test_that_needs_a_gpu_is_where_it_is_not_looked_for():
     needs = re.compile(r"mark\.(gpu|cuda_library|nvcc|sanitizer)\b")
     tests = gpu.ROOT / "tests"
     found = {path for path in tests.rglob("*.py") if needs.search(path.read_text())}
+    found.remove(Path(__file__).resolve())  # whose tests write such tests
     assert len(found) > 2
     assert {path.parent.relative_to(gpu.ROOT).as_posix() for path in found} <= set(gpu.TESTS)
 
@@ -353,6 +354,27 @@ def test_gpu_tests_that_take_too_long_are_ended_and_tell_what_they_found(tmp_pat
         time.sleep(0.05)
 
 
+WATCHED = """
+import pytest, time
+@pytest.mark.sanitizer
+def test_a(tmp_path):
+    (tmp_path / "tool.txt").write_text("so far")
+    time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_tool_said_so_far_is_there_when_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "require_device", lambda: None)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
+    (tmp_path / "test_x.py").write_text(WATCHED)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = sanitizer")
+    monkeypatch.setattr(gpu, "TESTS", ("--rootdir", str(tmp_path), str(tmp_path / "test_x.py")))
+    assert gpu.sanitize(tmp_path / "out", 0.25) == 1
+    (told,) = (tmp_path / "out/sanitizer").rglob("test_a0/tool.txt")
+    assert told.read_text() == "so far"
+
+
 @pytest.mark.slow
 def test_tests_that_ignore_the_interrupt_are_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_GRACE", 0.5)
@@ -398,7 +420,8 @@ def test_the_sanitizer_runs_its_own_tests_and_nothing_else(tmp_path, monkeypatch
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == (refused is not None)
-    assert asked == [(tmp_path, 180, ("-m", "sanitizer", "tests/native", "tests/backends"), 180)]
+    tests = (f"--basetemp={tmp_path / 'sanitizer'}", "-m", "sanitizer", "tests/native", "tests/backends")
+    assert asked == [(tmp_path, 180, tests, 180)]
     assert (refused or "nothing was found") in capsys.readouterr().out
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="expected nvcc and compute-sanitizer on PATH"):

@@ -39,6 +39,13 @@ def program(kernels: str, target: str) -> Path:
     return made[kernels]
 
 
+def watch(program: Path, tool: str, told: Path) -> int:
+    """The exit status of a program under a tool of compute-sanitizer, which writes to ``told`` as it goes."""
+    command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", program]
+    with told.open("w") as file:
+        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
 def _said(option: str) -> str:
     return subprocess.run(["nvcc", option], capture_output=True, text=True, check=True).stdout
 

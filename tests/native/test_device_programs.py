@@ -84,6 +84,17 @@ def test_a_compiler_that_fails_leaves_no_program(nvcc, tmp_path):
     assert device_programs.program("dense", "80").exists()
 
 
+def test_what_a_tool_says_is_in_its_file_before_it_ends(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@"\necho found >&2\ncp {told} {tmp_path}/early\nexit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert device_programs.watch(tmp_path / "dense_device", "memcheck", told) == 9
+    assert told.read_text() == f"--tool=memcheck --error-exitcode=9 {tmp_path}/dense_device\nfound\n"
+    assert (tmp_path / "early").read_text() == told.read_text()
+
+
 def test_hopper_has_an_architecture_of_its_own():
     assert [device_programs.arch(found) for found in ((8, 0), (8, 9), (9, 0), (10, 0))] == [
         "80",
