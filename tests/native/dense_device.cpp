@@ -42,7 +42,7 @@ void execute(const Kernel& kernel, const Dense& call) {
 }  // namespace
 
 int main() {
-  use_managed_memory();
+  use_pinned_memory();
   int64_t cases = 0;
   for (const Kernel& kernel : {
            Kernel{skinny_scratch, skinny_product},

@@ -14,13 +14,15 @@ void must(int error) {
   if (error != cudaSuccess) fail(cudaGetErrorString(cudaError_t(error)));
 }
 
-void use_managed_memory() {
+// Of the host, which a GPU reads in place: managed memory moves to and fro at each launch, and not every driver
+// lets the host read it.
+void use_pinned_memory() {
   allocate_bytes = [](size_t bytes) {
     void* at = nullptr;
-    must(cudaMallocManaged(&at, bytes));
+    must(cudaMallocHost(&at, bytes));
     return at;
   };
-  free_bytes = [](void* at) { must(cudaFree(at)); };
+  free_bytes = [](void* at) { must(cudaFreeHost(at)); };
 }
 
 int64_t shared_limit() {

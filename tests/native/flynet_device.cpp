@@ -17,6 +17,6 @@ void execute(const FlyNet& net) {
 }  // namespace
 
 int main() {
-  use_managed_memory();
+  use_pinned_memory();
   std::printf("%lld cases\n", (long long)check_flynet_cases(execute, 2240));
 }

@@ -14,6 +14,6 @@ void execute(const Sparse& call) {
 }  // namespace
 
 int main() {
-  use_managed_memory();
+  use_pinned_memory();
   std::printf("%lld cases\n", (long long)check_sparse_cases(execute, 4300));
 }
