@@ -32,6 +32,9 @@ digest = runpy.run_path(str(ROOT / "nmkern/bench/sources.py"))["digest"]
 MINUTES = 8.0
 _TESTS_SHARE = 0.6  # of the time, at most: the rest is for the rows
 _EACH = 150.0  # seconds of a test; that which compiles most takes some 60
+# What is imported, by the rows and by the tests; all else does without.
+ROWS_IMPORT = ("numpy", "psutil", "scipy", "triton")
+TESTS_IMPORT = ("hypothesis", "pytest", "setuptools")
 # Where tests that need a GPU are. First those that compile for longest: the others run meanwhile.
 TESTS = ("tests/native", "tests/backends")
 _GRACE = 30.0  # seconds that pytest has to write down what it knows
@@ -45,6 +48,18 @@ def require_device() -> None:
             f"(torch {torch.__version__}, built for CUDA {torch.version.cuda}): run this where there is an "
             "NVIDIA GPU, or `python -m benchmarks cpu` here"
         )
+
+
+def require_modules(needed: Sequence[str], wanted: Sequence[str] = ()) -> None:
+    """RuntimeError where one of ``needed`` is not installed; it, or else a line, names all that is missing.
+
+    First of all: what is imported only after minutes of tests would be found missing then.
+    """
+    missing = [name for name in (*needed, *wanted) if importlib.util.find_spec(name) is None]
+    if set(missing) & set(needed):
+        raise RuntimeError(f"gpu: expected {', '.join(missing)} to be installed (pip install '.[test]')")
+    if missing:
+        print(f"without {', '.join(missing)} there are no tests", flush=True)
 
 
 def libraries() -> dict[str, str | None]:
@@ -156,6 +171,7 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str], each: float) 
 def sanitize(out: Path, minutes: float) -> int:
     """The CUDA kernels under compute-sanitizer; the exit status. RuntimeError without what it takes."""
     require_device()
+    require_modules(TESTS_IMPORT)
     if missing := [name for name in ("nvcc", "compute-sanitizer") if shutil.which(name) is None]:
         raise RuntimeError(f"gpu --sanitize: expected {' and '.join(missing)} on PATH")
     out.mkdir(parents=True, exist_ok=True)
@@ -175,6 +191,7 @@ def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = N
     """
     start = time.monotonic()
     require_device()
+    require_modules(ROWS_IMPORT, TESTS_IMPORT)
     out.mkdir(parents=True, exist_ok=True)
     built = build()
     refused = tests_refused(out, _TESTS_SHARE * 60 * minutes, gpu_tests(), _EACH)

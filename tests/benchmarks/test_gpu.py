@@ -203,6 +203,48 @@ def test_rows_are_measured_whatever_the_tests_said_and_tell_it(run, tmp_path, ca
     assert ("did not pass" in capsys.readouterr().out) == (refused is not None)
 
 
+@pytest.mark.parametrize("start", [lambda out: gpu.run(out, quick=True), lambda out: gpu.sanitize(out, 3)])
+def test_what_is_not_installed_is_told_at_once_and_together(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(gpu, "require_device", lambda: None)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"^gpu: expected .*hypothesis, pytest, setuptools to be"):
+        start(tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_without_what_only_tests_import_rows_are_measured(run, monkeypatch, capsys):
+    there = gpu.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name == "hypothesis" else there(name)
+    )
+    assert run(identity, "pytest ended with 4") == 1
+    assert "without hypothesis there are no tests" in capsys.readouterr().out
+
+
+def others(paths):
+    """The modules that files import and that are neither Python's nor ours."""
+    ours = {"benchmarks", "nmkern", "torch", *(path.stem for path in (gpu.ROOT / "tests").rglob("*.py"))}
+    ours |= {path.name for path in (gpu.ROOT / "tests").iterdir()}
+    pattern = re.compile(r"^ *(?:import (?=\w)|from (?=\w[\w.]* import))(\w+)", re.MULTILINE)
+    found = {name for path in paths for name in pattern.findall(path.read_text())}
+    return found - sys.stdlib_module_names - ours
+
+
+def test_what_is_imported_is_asked_for(run_python):
+    known = sorted(others((gpu.ROOT / "nmkern").rglob("*.py")))
+    script = f"""
+import sys
+sys.path.insert(0, {str(gpu.ROOT)!r})
+from benchmarks import gpu_rows
+from nmkern.bench import clocks, harness, plan
+print(*(name for name in {known} if name in sys.modules))
+"""
+    assert {"psutil", "scipy"} <= set(run_python(script).split()) <= set(gpu.ROWS_IMPORT)
+    tests = [path for folder in gpu.TESTS for path in (gpu.ROOT / folder).glob("test_*.py")]
+    found = others([*tests, *(gpu.ROOT / "tests").glob("*.py")])
+    assert {"pytest", "setuptools"} <= found <= {*gpu.ROWS_IMPORT, *gpu.TESTS_IMPORT}
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A checkout whose setup.py writes down how it was called, and builds what it is told to."""
