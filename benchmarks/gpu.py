@@ -37,6 +37,7 @@ ROWS_IMPORT = ("numpy", "psutil", "scipy", "triton")
 TESTS_IMPORT = ("hypothesis", "pytest", "setuptools")
 # Where tests that need a GPU are. First those that compile for longest: the others run meanwhile.
 TESTS = ("tests/native", "tests/backends")
+_MOST_WORKERS = 24
 _GRACE = 30.0  # seconds that pytest has to write down what it knows
 
 
@@ -131,6 +132,11 @@ def ended(command: Sequence[str], seconds: float, **how: Any) -> int | None:
         child.wait()
 
 
+def workers_here() -> int:
+    """One for each logical core, where xdist's auto counts physical ones; each takes half a GB of the GPU."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
 def tests_refused(out: Path, seconds: float, tests: Sequence[str], each: float) -> str | None:
     """Run ``tests`` with pytest, output to ``out``/tests.txt; why they do not count as passed, or None.
 
@@ -139,7 +145,7 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str], each: float) 
     """
     results = out / "tests.xml"
     results.unlink(missing_ok=True)
-    workers = ("-n", "auto", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    workers = ("-n", str(workers_here()), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     ours = {k: v for k, v in os.environ.items() if not k.startswith("NMKERN_") and k != "TRITON_INTERPRET"}
     # A process of PyTorch 2.11 that ends soon after its first compilation may wait 300 s for compiling ones.
     ours.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

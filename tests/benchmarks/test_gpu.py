@@ -439,6 +439,16 @@ print(gpu.ended([sys.executable, "-c", child], 60))
     assert run_python(script.format(root=str(gpu.ROOT))) == "0\n"
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (16, 16), (192, 24)])
+def test_every_logical_core_has_a_worker(tmp_path, monkeypatch, cores, workers):
+    commands = []
+    monkeypatch.setattr(gpu.os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr(gpu, "ended", lambda command, *_, **__: commands.append(command))
+    gpu.tests_refused(tmp_path, 60, ("tests",), 150)
+    (command,) = commands
+    assert command[command.index("-n") + 1] == str(workers)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_test_has_a_time_of_its_own(tmp_path, monkeypatch, there):
     commands = []
