@@ -3,9 +3,10 @@
     CUDA device? -> native libraries, built in place if need be -> the GPU tests -> the GPU's rows -> a table
 
 Runs from a checkout, installed or not. DIR gets tests.txt (what pytest said), rows.jsonl (appended row
-by row) and table.txt. Every row checks its own result before it is timed, so rows are measured even where a
-GPU test did not pass; each of them, and the table, then says so. The exit status is 0 only if every GPU test
-ran and passed and every row that was tried went well. Rows that no longer fit into the time are listed.
+by row) and table.txt (written anew after each). Every row checks its own result before it is timed, so rows
+are measured even where a GPU test did not pass; each of them, and the table, then says so. The exit status is
+0 only if every GPU test ran and passed and every row that was tried went well. Rows that no longer fit into
+the time are listed.
 With --sanitize, CUDA's compute-sanitizer watches the cases of the CUDA kernels instead, and that is all.
 """
 
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -207,16 +208,21 @@ def run(out: Path, quick: bool, minutes: float = MINUTES, commit: str | None = N
     from benchmarks import gpu_rows
     from nmkern.bench.clocks import CudaClock
     from nmkern.bench.harness import Report
-    from nmkern.bench.plan import Outcome, follow
+    from nmkern.bench.plan import Outcome, Row, follow
 
     report = Report(out / "rows.jsonl", CudaClock(), commit, also={"tests": refused or "passed", **built})
     extent = gpu_rows.QUICK if quick else gpu_rows.Extent()
     outcome = Outcome()
+
+    def tabled() -> Iterator[Row]:
+        """The rows, with the table written after each: whoever ends this process does not tell it."""
+        for row in gpu_rows.rows(report, extent):
+            yield row
+            (out / "table.txt").write_text(gpu_rows.table(report.rows, outcome) + "\n")
+
     try:
         deadline = start + 60 * minutes
-        follow(
-            gpu_rows.rows(report, extent), report, deadline, settle=torch.cuda.synchronize, outcome=outcome
-        )
+        follow(tabled(), report, deadline, settle=torch.cuda.synchronize, outcome=outcome)
     finally:
         text = gpu_rows.table(report.rows, outcome)
         (out / "table.txt").write_text(text + "\n")

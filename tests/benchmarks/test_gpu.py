@@ -203,6 +203,17 @@ def test_rows_are_measured_whatever_the_tests_said_and_tell_it(run, tmp_path, ca
     assert ("did not pass" in capsys.readouterr().out) == (refused is not None)
 
 
+def test_the_table_is_there_after_each_row(run, tmp_path):
+    seen = []
+
+    def rows(report, extent):
+        yield from identity(report, extent)
+        yield Row("look", 0, lambda: seen.append((tmp_path / "table.txt").read_text()))
+
+    assert run(rows) == 0
+    assert "identity" in seen[0]
+
+
 @pytest.mark.parametrize("start", [lambda out: gpu.run(out, quick=True), lambda out: gpu.sanitize(out, 3)])
 def test_what_is_not_installed_is_told_at_once_and_together(tmp_path, monkeypatch, start):
     monkeypatch.setattr(gpu, "require_device", lambda: None)
