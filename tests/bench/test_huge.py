@@ -40,7 +40,17 @@ def test_predicted_and_measured_time_are_in_the_row():
 def test_what_would_take_too_long_is_not_started(monkeypatch):
     report = Report(None, HostClock(), tell=lambda _: None)
     plan = huge.Huge("cpu", [1], 0.0, memory=2**22, smaller=256)
-    monkeypatch.setattr(huge, "LIMIT", 0.0)
+    monkeypatch.setitem(huge.LIMITS, "cpu", 0.0)
     monkeypatch.setattr(huge, "modulated_linear", lambda *_: pytest.fail("it was started"))
     failed = follow(plan.rows(report), report, float("inf")).failed
     assert "a call would take" in failed["M=1 float32 2048 x 2048"]
+
+
+@pytest.mark.parametrize(("predicted", "started"), [(1.4, True), (1.6, False)])
+def test_on_a_gpu_a_call_is_a_thirteenth_of_the_row(monkeypatch, predicted, started):
+    """Nothing of a GPU is needed to refuse, and what starts is stopped at the first thing that is."""
+    monkeypatch.setattr(huge, "predict", lambda *_: predicted)
+    monkeypatch.setattr(huge.cases, "generator", lambda _: pytest.fail("started", pytrace=False))
+    expected = pytest.fail.Exception if started else RuntimeError
+    with pytest.raises(expected, match="started" if started else "would take 1.6 s, expected at most 1.5 s"):
+        huge.measure(Report(None, HostClock()), 1024, 1, torch.bfloat16, "cuda", 0.0)
