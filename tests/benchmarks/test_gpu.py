@@ -80,6 +80,18 @@ def test_the_whole_plan_is_what_the_targets_ask_for():
     assert gpu_rows.target(64, "uniform", torch.bfloat16) is None
 
 
+def test_what_is_expected_of_rows_is_what_they_take():
+    """From above, but not far: a row that was expected to take 23 s and takes 3 is left at the end."""
+    expected = {
+        row.label: row.expected for row in gpu_rows.rows(Report(None, HostClock()), gpu_rows.Extent())
+    }
+    weights = {8192: 1, 16384: 4}
+    for size, first in weights.items():
+        assert expected[f"linear M=1 {size}x{size} bfloat16 uniform"] == pytest.approx(3.1 + first)
+        assert expected[f"linear M=16 {size}x{size} bfloat16 uniform"] == pytest.approx(3.1)
+    assert expected["copy"] == pytest.approx(3.1)
+
+
 @pytest.mark.parametrize("wide", [False, True])
 def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(monkeypatch, wide):
     """Each row runs with its backend forced, and of cuda each kernel for any number of rows."""
