@@ -263,7 +263,8 @@ def vera(report: Report, m: int, k: int, n: int, seconds: float, rank: int = 256
 
 def copy(report: Report, size: int, seconds: float, device: str = "cpu") -> None:
     """The roofline of stored weights: bytes read and written in a second by a copy of ``size`` bytes."""
-    source = torch.ones(size // 4, device=device)
+    # Of random bits: memory may compress what is all the same, as no one's weights are.
+    source = torch.randn(size // 4, generator=generator(device), device=device)
     copied = torch.empty_like(source)
     copied.copy_(source)
     assert torch.equal(copied, source), "the copy differs: not timed"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from nmkern.bench import compare, noise, rows
+from nmkern.bench import cases, compare, noise, rows
 from nmkern.bench.clocks import HostClock
 from nmkern.bench.harness import Case, Report
 from nmkern.bench.table import comparison, to_text
@@ -120,6 +120,18 @@ def test_the_copy_of_the_machine_is_told_but_is_no_case_of_ours():
     told = " ".join(to_text(comparison([], old, new)).split())
     assert "copying memory takes +50 % time" in told
     assert "copying" not in to_text(comparison([], old, old))
+
+
+def test_what_is_copied_is_not_all_the_same():
+    copied = []
+
+    class Sees(Given):
+        def time(self, variants, seconds, calls=1):
+            copied.append(variants["ours"]())
+            return super().time(variants, seconds, calls)
+
+    cases.copy(Report(None, Sees(ours=np.ones(9)), tell=lambda _: None), 2**12, 0.0)
+    assert len(copied[0].unique()) > 1000
 
 
 def test_rows_that_are_older_than_intervals_can_be_compared():
