@@ -140,6 +140,36 @@ def test_torch_func_on_integers_is_exact(backend_once, transform):
         assert torch.equal(actual.double(), exact)
 
 
+@pytest.mark.parametrize("transform", list(transforms_of(None)))
+def test_compiled_torch_func(transform):
+    """The registered operators under levels of functorch: what is not compiled takes another way there."""
+    torch._dynamo.reset()
+    g = generator(2)
+    values = [integers(shape, 2, g) for shape in ((4, 4), (4,), (6,), (6,))]
+
+    def f(x, gin, gout, b):
+        return modulated_linear(x, LAYER.matrix, in_gain=gin, out_gain=gout, bias=b)
+
+    function = transforms_of(f)[transform]
+    found, want = torch.compile(function, fullgraph=True, backend="aot_eager")(*values), function(*values)
+    found, want = (r if isinstance(r, tuple) else (r,) for r in (found, want))
+    for actual, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_torch_func_of_a_registered_operator(backend_once):
+    args = primitives.sparse_args(SPARSE)
+    op = primitives.overload(backend_once, "sparse_matmul")
+    x = integers((2, 4), 2, generator(1))
+
+    def loss(f):
+        return lambda x: (f(x) ** 3).sum()
+
+    for derivative in (torch.func.grad, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+        found = derivative(loss(lambda x: op(x, *args)))(x)
+        assert torch.equal(found, derivative(loss(lambda x: sparse_project(x, SPARSE)))(x))
+
+
 @pytest.mark.parametrize("name", ["x", "in_gain", "bias", "strength"])
 def test_a_tangent_is_refused_and_not_lost(name):
     """Forward mode has no rule; without a gradient to record, the operator would drop the tangent."""
