@@ -146,13 +146,13 @@ class RandomMatrix:
             raise TypeError(f"index: expected one or two slices, got {index!r}")
         offsets, sizes = list(self._offsets()), list(self.shape)
         for axis, part in enumerate(pair):
-            start, stop, step = part.indices(sizes[axis])
-            if step != 1 or stop <= start:
+            taken = range(sizes[axis])[part]  # PyTorch 2.11's Dynamo traces no slice.indices
+            if taken.step != 1 or not len(taken):
                 raise ValueError(
                     f"index: expected a non-empty slice with step 1 of {sizes[axis]}, got {part}"
                 )
-            offsets[axis] += start
-            sizes[axis] = stop - start
+            offsets[axis] += taken.start
+            sizes[axis] = len(taken)
         if self.transposed:
             offsets.reverse()
         rows, cols = sizes
