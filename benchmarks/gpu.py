@@ -142,7 +142,7 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str], each: float) 
     """Run ``tests`` with pytest, output to ``out``/tests.txt; why they do not count as passed, or None.
 
     A test that is skipped does not count: on this machine nothing is missing that could excuse it. One that
-    takes more than ``each`` seconds is ended where there is pytest-timeout, and else shows where it hangs.
+    takes more than ``each`` seconds is ended where there is pytest-timeout, and tells where it is anyway.
     """
     results = out / "tests.xml"
     results.unlink(missing_ok=True)
@@ -153,10 +153,10 @@ def tests_refused(out: Path, seconds: float, tests: Sequence[str], each: float) 
     ours["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # addopts asks for xdist, which may not be there.
     pytest = [sys.executable, "-m", "pytest", "-o", "addopts=", "-rfEs", "--strict-markers", "--durations=15"]
+    # Where a test hangs is told first: a worker that pytest-timeout ends says no more than the test's name.
+    limit = ["-o", f"faulthandler_timeout={0.8 * each:.0f}"]
     if importlib.util.find_spec("pytest_timeout"):
-        limit = [f"--timeout={each:.0f}", "--timeout-method=thread"]
-    else:
-        limit = ["-o", f"faulthandler_timeout={each:.0f}"]
+        limit += [f"--timeout={each:.0f}", "--timeout-method=thread"]
     command = [*pytest, *workers, *limit, f"--junitxml={results.resolve()}", *tests]
     with (out / "tests.txt").open("w") as file:
         status = ended(command, seconds, cwd=ROOT, env=ours, stdout=file, stderr=subprocess.STDOUT)
