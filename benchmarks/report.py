@@ -43,9 +43,10 @@ def _ratio(rows: list[dict], name: str, m: int, dtype: str, family: str, rival: 
 def _heading(rows: list[dict]) -> str:
     first = rows[0]
     size = max(row["k"] for row in rows if row["name"] == "linear")
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
     return (
         f"{first['kernel']}, {size} x {size}, {first['threads']} threads of an {first['cpu']}, PyTorch "
-        f"{first['versions']['torch']}, commit {first['commit']}"
+        f"{first['versions']['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     )
 
 
