@@ -1,4 +1,4 @@
-// Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each: outputs must equal the exact
+// Runs the cases of skinny_cases.h on a GPU, by each of its kernels, twice each (see kTurns): outputs must equal the exact
 // reference, and the second call's bits the first one's. Scratch starts as NaN. Then those of finish_cases.h,
 // which promise an order. Prints the number of cases.
 #include "device_runs.h"
@@ -22,7 +22,7 @@ void execute(const Kernel& kernel, const Dense& call) {
   void* scratch = nullptr;
   must(cudaMalloc(&scratch, bytes));
   std::vector<float> first[2];
-  for (int turn = 0; turn < 2; ++turn) {
+  for (int turn = 0; turn < kTurns; ++turn) {
     must(cudaMemset(scratch, 0xFF, bytes));
     if (call.gain_grad.data && call.context)  // is added to
       std::fill_n(results[1].data, results[1].count, 0.0f);

@@ -10,7 +10,7 @@ void execute(const FlyNet& net) {
   void* result = backward ? static_cast<void*>(net.gain_grad.data) : y.data;
   const size_t bytes = backward ? net.gain_grad.rows * net.hidden * 4
                                 : net.batch * y.row_stride * (y.dtype == Dtype::float32 ? 4 : 2);
-  run_twice(flynet_scratch(net, shared_limit()), result, bytes,
+  run_turns(flynet_scratch(net, shared_limit()), result, bytes,
             [&](void* scratch) { return flynet_sweep(net, scratch, nullptr); });
 }
 

@@ -7,7 +7,7 @@ namespace {
 void execute(const Sparse& call) {
   const int64_t limit = shared_limit();
   const size_t bytes = call.batch * call.y.row_stride * (call.y.dtype == Dtype::float32 ? 4 : 2);
-  run_twice(sparse_scratch(call, limit), call.y.data, bytes,
+  run_turns(sparse_scratch(call, limit), call.y.data, bytes,
             [&](void* scratch) { return sparse_product(call, limit, scratch, nullptr); });
 }
 

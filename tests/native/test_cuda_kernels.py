@@ -58,7 +58,6 @@ def test_blocks_of_flynet_compute_it(tmp_path):
     assert run_program(tmp_path, "flynet_block") == (0, "13 cases\n")
 
 
-CASES = {"dense": 355, "sparse": 40, "flynet": 13}
 needs_gpu = (
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
@@ -68,14 +67,12 @@ needs_gpu = (
 def build_for_gpu(kernels):
     """The program that runs the cases on this GPU, and what it prints."""
     target = device_programs.arch(torch.cuda.get_device_capability())
-    twice = 1 + (target == "90a" and kernels == "dense")  # by each of the two kernels
-    finishes = 294 * (kernels == "dense")
-    return device_programs.program(kernels, target), f"{twice * CASES[kernels] + finishes} cases\n"
+    return device_programs.program(kernels, target), device_programs.printed(kernels, target)
 
 
 @pytest.mark.gpu
 @pytest.mark.nvcc
-@pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
+@pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in device_programs.KERNELS])
 def test_a_gpu_computes_the_same_cases(kernels):
     program, printed = build_for_gpu(kernels)
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=60)
@@ -84,7 +81,7 @@ def test_a_gpu_computes_the_same_cases(kernels):
 
 @pytest.mark.slow
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in CASES])
+@pytest.mark.parametrize("kernels", [pytest.param(name, marks=needs_gpu) for name in device_programs.KERNELS])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="there is no compute-sanitizer")
 def test_the_sanitizer_finds_nothing(tmp_path, kernels, tool):
