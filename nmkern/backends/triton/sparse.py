@@ -46,6 +46,7 @@ def _pick(chosen, w, j, s, lane, row, columns, rows, fan_in, counts, shift, cols
     bias = tl.zeros_like(w) + 0x80000000
     j = tl.zeros_like(w) + j
     candidate = tl.umulhi(w, j + 1) ^ bias
+    drawn = (row < rows) & (tl.zeros_like(row) + s < fan_in)
     if HELD:
         taken = tl.max(((chosen == candidate[:, None]) & (lane < s)[None, :]).to(tl.int32), axis=1)
     else:
@@ -54,14 +55,13 @@ def _pick(chosen, w, j, s, lane, row, columns, rows, fan_in, counts, shift, cols
             place = first + lane
             earlier = tl.load(
                 columns + place.to(tl.int64)[None, :] * rows + row[:, None],
-                mask=(place < s)[None, :] & (row < rows)[:, None],
+                mask=(place < s)[None, :] & drawn[:, None],
                 other=0,
             ).to(tl.uint32, bitcast=True)
             equal = (earlier == candidate[:, None]) & (place < s)[None, :]
             taken = tl.maximum(taken, tl.max(equal.to(tl.int32), axis=1))
     value = tl.where(taken > 0, j ^ bias, candidate)
     signed = value.to(tl.int32, bitcast=True)
-    drawn = (row < rows) & (tl.zeros_like(row) + s < fan_in)
     tl.store(columns + s.to(tl.int64) * rows + row, signed, mask=drawn)
     if counts is not None:
         k = signed.to(tl.int64) + shift
