@@ -41,6 +41,20 @@ settings.register_profile(
 )
 settings.load_profile("nmkern")
 
+
+def pytest_addoption(parser):
+    parser.addoption("--ptx", type=int, help="run what Triton compiles for this GPU (80, 90), on the CPU")
+
+
+def pytest_configure(config):
+    if arch := config.getoption("ptx"):
+        os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+        from ptx import driver
+
+        driver.install(arch)
+        triton._interpreted = lambda: True  # kernels take CPU tensors
+
+
 torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads set their own count
 
 BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS), "triton")
@@ -82,6 +96,12 @@ def _forced(request):
             yield name
     finally:
         cpu.set_isa(before)
+
+
+@pytest.fixture
+def gain_rounding(backend, request):
+    """What a product of x and in_gain is rounded by, of itself: kernels for GPUs multiply it in float16."""
+    return 2.0**-11 if backend == "triton" and request.config.getoption("ptx") else 0.0
 
 
 @pytest.fixture

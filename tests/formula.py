@@ -107,13 +107,14 @@ class Expected:
         last = self.y.abs() * UNIT[y.dtype] + self.magnitude * rounded
         self._compare("y", y, self.y, self.magnitude, last)
 
-    def check_grads(self, grads: dict[str, Tensor]) -> None:
+    def check_grads(self, grads: dict[str, Tensor], rounded: float = 0.0) -> None:
+        """As ``check``, of dy * out_gain too."""
         assert grads.keys() == self.grads.keys()
         for name, grad in grads.items():
             exact, magnitude = self.grads[name], self.grad_magnitudes[name]
             # The gradient of a narrow bank is a sum over rows of narrow numbers, rounded again.
             narrow = exact.abs() if name == "x" else 2 * magnitude
-            self._compare(name, grad, exact, magnitude, narrow * UNIT[grad.dtype])
+            self._compare(name, grad, exact, magnitude, narrow * UNIT[grad.dtype] + magnitude * rounded)
 
     def _compare(self, name: str, actual: Tensor, exact: Tensor, magnitude: Tensor, last: Tensor) -> None:
         assert actual.shape == exact.shape, (name, actual.shape, exact.shape)
