@@ -13,8 +13,7 @@
 // (1.14) of them: 2.05 (2.27) clocks. benchmarks/results/cuda_resources.json has all of them.
 // Invariant: a sum is taken in an order that shapes fix (steps upward, then a block's warps, then splits).
 //
-// The block is written over a Machine (who am I, wait, multiply, load, store): skinny.cu has the device's,
-// tests/native/skinny_block.cpp one that runs the very same code on a host.
+// The block is written over a Machine (who am I, wait, multiply, load, store): skinny.cu has it.
 #pragma once
 
 #include <type_traits>

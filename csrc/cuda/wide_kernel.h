@@ -22,8 +22,7 @@
 // upward, parts of an x from the largest down within two of them, chains and splits upward. Which block takes
 // a tile changes nothing.
 //
-// Written over a Machine, as skinny_block is: wide.cu has the device's, tests/native/wide_simulated.h one for
-// hosts that also watches what wgmma reads while it is in flight.
+// Written over a Machine, as skinny_block is: wide.cu has it.
 #pragma once
 
 #include "skinny_kernel.h"

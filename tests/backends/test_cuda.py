@@ -1,6 +1,6 @@
 """The cuda backend's choices without a GPU: its library and PyTorch's answers about devices are replaced.
 
-What the kernels compute is tested in tests/native, on simulated warps, and in test_triton_gpu.py on a GPU.
+What the kernels compute is tested in tests/ptx, as compiled, and in test_triton_gpu.py on a GPU.
 """
 
 import json

@@ -41,10 +41,26 @@ def program(kernels: str, target: str) -> Path:
 
 def emulated(kernels: str, target: str) -> tuple[int, str]:
     """The exit status of a program that runs on the CPU, and what it printed."""
-    path = _made(kernels, [*_flags(target, "compute"), "-DNMKERN_ONCE"], emulator.objects())
-    environment = {**os.environ, "NMKERN_PTX": str(path.parent), "NMKERN_PTX_ARCH": target[:2]}
-    done = subprocess.run([path], env=environment, capture_output=True, text=True, check=False)
+    path = _made(kernels, emulated_flags(target), emulator.objects())
+    done = subprocess.run([path], env=emulation(path, target), capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+def emulated_objects(target: str) -> list[Path]:
+    """What the library for CUDA is linked from beside its bindings, with a runtime that executes PTX."""
+    machine = emulator.objects()
+    folder = _made("dense", emulated_flags(target), machine).parent
+    names = ("device", *(name for names in KERNELS.values() for name in names), "runtime")
+    return [*machine, *(folder / f"{name}.o" for name in names)]
+
+
+def emulated_flags(target: str) -> list[str]:
+    return [*_flags(target, "compute"), "-DNMKERN_ONCE", "-Xcompiler=-fPIC"]
+
+
+def emulation(built: Path, target: str) -> dict[str, str]:
+    """The environment of what is linked with that runtime."""
+    return {**os.environ, "NMKERN_PTX": str(built.parent), "NMKERN_PTX_ARCH": target[:2]}
 
 
 def printed(kernels: str, target: str) -> str:
@@ -56,7 +72,8 @@ def printed(kernels: str, target: str) -> str:
 
 def _flags(target: str, code: str) -> list[str]:
     flags = [*FLAGS, "-gencode", f"arch=compute_{target},code={code}_{target}"]
-    flags += [f'-DNMKERN_CUDA_ARCHS="{target}"']
+    archs = target if code == "sm" else "80,90a"  # PTX is executed as any
+    flags += [f'-DNMKERN_CUDA_ARCHS="{archs}"']
     return flags + (["-DNMKERN_WIDE"] if target == "90a" else [])
 
 

@@ -1,6 +1,6 @@
 // The cases of a product's second stage, on partial sums that are given, and their reference: in the order that
-// finish.h and gradient.h promise, so that floats which no order sums exactly must agree bit for bit. For a host
-// (finish_block.cpp) and for a GPU (dense_device.cpp).
+// finish.h and gradient.h promise, so that floats which no order sums exactly must agree bit for bit. See
+// dense_device.cpp.
 #pragma once
 
 #include <bit>

@@ -1,5 +1,4 @@
-// The cases of the small-batch product and their exact reference, for a host (skinny_block.cpp) and for a
-// GPU (skinny_device.cu): both run all of them and compare outputs bit for bit.
+// The cases of the dense products and their exact reference: see dense_device.cpp.
 //
 // Inputs are integers, so that every sum is exact, in whatever order. Outputs start as NaN.
 #pragma once

@@ -1,9 +1,10 @@
 // The CUDA runtime that a program is linked with in place of NVIDIA's: its kernels, which nvcc left as PTX,
 // are executed by machine.h on the host.
 //
-//   NMKERN_PTX   the folder of the .ptx files; NMKERN_PTX_ARCH, 90 or 80: which GPU this claims to be
+//   NMKERN_PTX   the folder of the .ptx files; NMKERN_PTX_ARCH, 90, 89 or 80: which GPU this claims to be
 //
-// Memory that a kernel touches must have been allocated here, where NMKERN_PTX_MEMORY is set.
+// Kernels may touch what was allocated here and nothing else; where there is emulated_before_launch, memory
+// is others', and may be any.
 #include <cuda_runtime_api.h>
 #include <malloc.h>
 
@@ -51,7 +52,15 @@ const Kernel& kernel_of(const void* function) {
 // Blocks allocate megabytes each, which the system would clear page by page, anew each time.
 const int kept = mallopt(M_MMAP_THRESHOLD, 1 << 30) + mallopt(M_TRIM_THRESHOLD, 1 << 30);
 
-int architecture() { return std::atoi(std::getenv("NMKERN_PTX_ARCH")); }
+int& architecture() {
+  static int named = std::atoi(std::getenv("NMKERN_PTX_ARCH"));
+  return named;
+}
+
+std::map<std::string, int64_t>& launches() {
+  static std::map<std::string, int64_t> all;
+  return all;
+}
 
 cudaError_t allocate(void** at, size_t bytes) {
   if (posix_memalign(at, 256, bytes + !bytes)) return cudaErrorMemoryAllocation;
@@ -67,7 +76,20 @@ cudaError_t release(void* at) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
+
+// Is asked before a launch, and returns a cudaError_t for it to end with.
+__attribute__((weak)) int emulated_before_launch(void* stream);
+void emulated_architecture(int named) { architecture() = named; }
+// Of kernels whose name has a part.
+int64_t emulated_launches(const char* part) {
+  int64_t count = 0;
+  for (const auto& [name, times] : launches()) count += name.find(part) != name.npos ? times : 0;
+  return count;
+}
+// How many of the program's kernels were never launched.
+int64_t emulated_unused() { return int64_t(names().size() - launches().size()); }
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
@@ -89,7 +111,10 @@ cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaSuccess; }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments) try {
+  if (emulated_before_launch)
+    if (const int error = emulated_before_launch(config->stream)) return cudaError_t(error);
   const Kernel& kernel = kernel_of(function);
+  ++launches()[names().at(function)];
   const dim3 &grid = config->gridDim, &threads = config->blockDim;
   Launch launch{kernel,
                 {grid.x, grid.y, grid.z},
@@ -97,7 +122,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
                 int64_t(config->dynamicSmemBytes),
                 std::vector<unsigned char>(kernel.parameter_bytes),
                 config->numAttrs > 0,
-                std::getenv("NMKERN_PTX_MEMORY") ? &allocations() : nullptr};
+                emulated_before_launch ? nullptr : &allocations()};
   for (size_t i = 0; i < kernel.parameters.size(); ++i)
     std::memcpy(&launch.parameters[kernel.parameters[i].offset], arguments[i], kernel.parameters[i].bytes);
   run_grid(launch);
@@ -122,14 +147,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
       *value = 2;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = architecture() == 90 ? 227 << 10 : 163 << 10;
+      *value = (architecture() == 90 ? 227 : architecture() == 80 ? 163 : 99) << 10;
       break;
     default:
       return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
-const char* cudaGetErrorString(cudaError_t) { return "an error of the emulated runtime"; }
+const char* cudaGetErrorString(cudaError_t error) { return error == 7 ? "error 7" : "another error"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaMalloc(void** at, size_t bytes) { return allocate(at, bytes); }
 cudaError_t cudaFree(void* at) { return release(at); }

@@ -1,4 +1,4 @@
-"""FlyNet's share of simulated_cuda.py."""
+"""FlyNet's share of emulated_cuda.py."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def expected(x, gain, context, encoder, decoder, d_logits):
 
 def check_the_formula(library):
     """Families, dtypes, one gain, a bank and a row for each row of the batch, tensors of any layout."""
-    before = library.simulated_products()
+    before = library.emulated_calls()
     kinds = ((1, 5), (3, 20), (7, 7), (1, 33))
     for number, (contexts, rows) in enumerate(kinds):
         family = tuple(stream.DENSE_FAMILIES)[number % 3]
@@ -52,7 +52,7 @@ def check_the_formula(library):
             assert y.dtype == dtype and torch.equal(y, want.to(dtype)), (family, contexts)
             grad = GAIN_GRAD.redispatch(CUDA, like, d, given, contexts, *args)
             assert torch.equal(grad.double(), want_grad), (family, contexts)
-    assert library.simulated_products() == before + 4 * len(kinds)
+    assert library.emulated_calls() == before + 4 * len(kinds)
     assert LOGITS.redispatch(CUDA, x[:0], gain, None, *args).shape == (0, 11)
     none = GAIN_GRAD.redispatch(CUDA, x[:0], d_logits[:0], None, 1, *args)
     assert torch.equal(none, torch.zeros(1, UNITS))
@@ -72,10 +72,10 @@ def check_what_has_no_room(library):
     g = generator(1)
     x, gain, d_logits = torch.ones(2, 2000), torch.ones(3, UNITS), integers((2, 11), 1, g)
     context = torch.tensor([2, 0])
-    before = library.simulated_products()
+    before = library.emulated_calls()
     assert torch.equal(LOGITS.redispatch(CUDA, x, gain, context, *args), torch.full((2, 3), 3.0))
     assert torch.equal(GAIN_GRAD.redispatch(CUDA, x, d_logits, None, 2, *args), torch.full((2, 3), 3.0))
-    assert library.simulated_products() == before
+    assert library.emulated_calls() == before
     (x0, gain0, context0, *first), (x1, d1, context1, contexts, *second) = handed
     for found, want in ((x0, x), (gain0, gain), (context0, context), (x1, x), (d1, d_logits)):
         assert torch.equal(found, want)
@@ -93,12 +93,12 @@ def check_through_the_public_operator(library):
     x, d_logits = integers((9, 40), 1, g), integers((9, 11), 1, g)
     gain = (2 * torch.randint(2, (UNITS,), generator=g) - 1).float()
     want, want_grad = expected(x, gain, None, encoder, decoder, d_logits)
-    before = library.simulated_products()
+    before = library.emulated_calls()
     with nmkern.use_backend("cuda"):
         leaf = gain.clone().requires_grad_()
         y = nmkern.flynet(x, encoder, decoder, gain=leaf)
         grad = torch.autograd.grad(y, leaf, d_logits)[0]
-    assert library.simulated_products() == before + 2
+    assert library.emulated_calls() == before + 2
     assert torch.equal(y.detach().double(), want) and torch.equal(grad.double(), want_grad)
 
 
@@ -115,10 +115,10 @@ def check_errors(library):
         with pytest.raises(RuntimeError) as raised:
             call()
         assert refused in str(raised.value)
-    library.simulated_error(7)
+    library.emulated_error(7)
     with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
         LOGITS.redispatch(CUDA, x, gain, None, *args)
-    assert library.simulated_guards() == 0
+    assert library.emulated_guards() == 0
 
 
 def check_all(library):

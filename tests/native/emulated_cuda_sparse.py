@@ -1,4 +1,4 @@
-"""The sparse projection's share of simulated_cuda.py."""
+"""The sparse projection's share of emulated_cuda.py."""
 
 from functools import partial
 
@@ -24,7 +24,7 @@ def sparse(rows, cols, fan_in, seed=5):
 
 def check_the_formula(library):
     """Both ways, views of a matrix, dtypes, layouts, fan-in up to the number of columns."""
-    before = library.simulated_products()
+    before = library.emulated_calls()
     calls = 0
     for fan_in, rows in ((1, 3), (7, 40), (37, 2)):
         wide = sparse(70, 37, fan_in, seed=2**63 + fan_in)
@@ -39,7 +39,7 @@ def check_the_formula(library):
     every = torch.ones(1, 37).expand(6, 37)
     assert torch.equal(project(every, wide), torch.full((6, 70), 37.0))
     assert project(every[:0], wide).shape == (0, 70)
-    assert library.simulated_products() == before + calls + 2
+    assert library.emulated_calls() == before + calls + 2
 
 
 def check_what_has_no_room(library):
@@ -52,12 +52,12 @@ def check_what_has_no_room(library):
         return args[0].new_full((args[0].shape[0], 6), 3.0)
 
     primitives.LIBRARY.impl("triton_sparse_matmul", taken, "CPU", allow_override=True)
-    before = library.simulated_products()
+    before = library.emulated_calls()
     x = torch.ones(3, 5000)
     assert torch.equal(project(x, matrix), torch.full((3, 6), 3.0))
     assert handed[0][0] is x or torch.equal(handed[0][0], x)
     assert handed[0][1:] == primitives.sparse_args(matrix)
-    assert library.simulated_products() == before
+    assert library.emulated_calls() == before
     assert cuda.hands_on_sparse(matrix, 3, 0) == (
         "its kernels have no room on this GPU for 6 x 5000 of fan-in 2 at batch 3"
     )
@@ -74,11 +74,11 @@ def check_through_the_public_operator(library):
     matrix = sparse(21, 50, 4)[2:, 3:]
     g = generator(3)
     x, dy = integers((9, 47), 2, g).requires_grad_(), integers((9, 19), 2, g)
-    before = library.simulated_products()
+    before = library.emulated_calls()
     with nmkern.use_backend("cuda"):
         y = nmkern.sparse_project(x, matrix)
         grad = torch.autograd.grad(y, x, dy)[0]
-    assert library.simulated_products() == before + 2
+    assert library.emulated_calls() == before + 2
     weights = stored_weights(matrix)
     assert torch.equal(y.detach(), (x.detach().double() @ weights.T).float())
     assert torch.equal(grad, (dy.double() @ weights).float())
@@ -93,10 +93,10 @@ def check_errors(library):
         with pytest.raises(RuntimeError) as raised:
             project(x, matrix)
         assert refused in str(raised.value)
-    library.simulated_error(7)
+    library.emulated_error(7)
     with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
         project(torch.ones(4, 12), matrix)
-    assert library.simulated_guards() == 0
+    assert library.emulated_guards() == 0
 
 
 def check_all(library):

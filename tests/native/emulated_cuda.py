@@ -1,9 +1,10 @@
-"""The bindings of csrc/cuda run on CPU tensors, in a process of its own: see test_cuda_bindings.py.
+"""The library for CUDA run on CPU tensors, in a process of its own: see test_cuda_bindings.py.
 
-    python simulated_cuda.py LIBRARY STUB
+    python emulated_cuda.py LIBRARY STUB
 
-LIBRARY has the bindings and, for what they call, cuda_simulated.cpp; STUB stands for PyTorch's library for
-CUDA. Calls go to the operator's kernel for CUDA by name of its dispatch key. Prints "passed".
+LIBRARY is all of nmkern's, its kernels as PTX that tests/ptx/runtime.cpp executes; STUB stands for PyTorch's
+library for CUDA. The GPU is one of before Hopper, or Hopper where a check asks for it. Calls go to the
+operator's kernel for CUDA by name of its dispatch key. Prints "passed".
 """
 
 import ctypes
@@ -13,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import emulated_cuda_flynet
+import emulated_cuda_sparse
 import pytest
-import simulated_cuda_flynet
-import simulated_cuda_sparse
 import torch
 from formula import KINDS, Expected, T, arguments, exact_matrix, generator, integers, stored_weights
 
@@ -26,6 +27,9 @@ from nmkern.backends import cuda, packed, primitives, triton
 MATMUL = primitives.overload("cuda", "modulated_matmul")
 GAIN_GRAD = primitives.overload("cuda", "modulated_matmul_gain_grad")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+SMALL_ROWS = 16  # as Hopper's
 
 
 def matmul(x, matrix, in_gain=None, out_gain=None, bias=None, context=None):
@@ -50,7 +54,7 @@ def bank(value):
 
 def check_the_formula(library):
     """All kinds of gains, contexts, dtypes, both ways, ragged."""
-    before = library.simulated_products()
+    before = library.emulated_calls()
     calls = 0
     for family in stream.DENSE_FAMILIES:
         for number, (rows, kind) in enumerate(zip((1, 3, 9, 16, 5, 12, 2, 7, 8), KINDS, strict=False)):
@@ -70,7 +74,7 @@ def check_the_formula(library):
             y = matmul(x, matrix, *(None if v is None else bank(v).float() for v in gains), context)
             assert y.dtype == dtype and torch.equal(y, want), (family, kind, dtype)
             calls += 1
-    assert library.simulated_products() == before + calls
+    assert library.emulated_calls() == before + calls
 
 
 def check_tensors_of_any_layout():
@@ -132,7 +136,7 @@ def check_larger_batches(library):
     g = generator(3)
     context = torch.randint(T, (17,), generator=g)
     x, gain, other = integers((17, 12), 2, g), integers((T, 12), 2, g), integers((17, 7), 2, g)
-    before = library.simulated_products()
+    before = library.emulated_calls()
     assert torch.equal(matmul(x, matrix, gain, context=context), torch.full((17, 7), 3.0))
     product, grad = gain_grad(x, other, matrix, T, context, gain)
     assert torch.equal(product, torch.full((17, 7), 3.0)) and torch.equal(grad, torch.full((T, 7), 5.0))
@@ -144,18 +148,18 @@ def check_larger_batches(library):
         assert found is want if want is None else torch.equal(found, want)
     assert first[5:] == primitives.dense_args(matrix)
     assert second[5:] == (T, True, *primitives.dense_args(matrix))
-    assert library.simulated_products() == before
+    assert library.emulated_calls() == before
     cuda.set_small_rows(70)
     y = matmul(x.repeat(4, 1), matrix)
     assert torch.equal(y, (x.repeat(4, 1).double() @ stored_weights(matrix).T).float())
-    assert (len(handed), library.simulated_products()) == (2, before + 1)
-    cuda.set_small_rows(None)
+    assert (len(handed), library.emulated_calls()) == (2, before + 1)
+    cuda.set_small_rows(SMALL_ROWS)
 
 
 def check_larger_batches_by_wgmma(library):
     """Where there is wgmma, none is Triton's; as small ones, in every layout that x may have."""
-    library.simulated_wgmma(1)
-    before, calls = library.simulated_wide_products(), 0
+    library.emulated_architecture(90)
+    before, calls = library.emulated_launches(b"wide_kernel"), 0
     for number, (contexts, rows) in enumerate(((1, 17), (40, 40), (T, 70), (1, 129), (T, 300))):
         g = generator(number)
         matrix = exact_matrix("uniform", 21, 48)
@@ -174,20 +178,20 @@ def check_larger_batches_by_wgmma(library):
         product, grad = gain_grad(x, other, matrix, contexts, context, *banks[:2])
         assert torch.equal(product.double(), z * banks[1][row]) and torch.equal(grad.double(), gradient)
         calls += 9
-    assert library.simulated_wide_products() == before + calls
-    library.simulated_error(7)
+    assert library.emulated_launches(b"wide_kernel") == before + calls
+    library.emulated_error(7)
     with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
         matmul(x, matrix)
-    library.simulated_wgmma(0)
+    library.emulated_architecture(89)
 
 
 def check_packed_calls(library):
     """As the primitives, bit for bit, in any number of dimensions and by both kernels; what they refuse."""
-    library.simulated_wgmma(1)
+    library.emulated_architecture(90)
     g = generator(5)
     matrix = exact_matrix("normal", 50, 21)[2:, 3:].T
     forward, transpose = packed.pack(matrix)
-    (n, k), before, calls = matrix.shape, library.simulated_products(), 0
+    (n, k), before, calls = matrix.shape, library.emulated_calls(), 0
     vectors = [integers((size,), 2, g) for size in (k, n, n)]
     for lead in ((), (5,), (2, 3), (40,), (3, 1, 20), (0,), (2, 0)):
         x, other = (integers((*lead, size), 2, g) for size in (k, n))
@@ -214,7 +218,7 @@ def check_packed_calls(library):
             calls += 6
         assert torch.equal(packed_call("packed_matmul.bare", x, forward), matmul(rows, matrix).view(*lead, n))
         calls += 2
-    assert library.simulated_products() == before + calls
+    assert library.emulated_calls() == before + calls
     for refused, gains in (
         (f"in_gain: expected float32 of shape [{k}]", (torch.ones(k - 1), None, None)),
         ("bias: expected the device of x", (None, None, torch.ones(n, device="meta"))),
@@ -222,7 +226,7 @@ def check_packed_calls(library):
         with pytest.raises(RuntimeError) as raised:
             packed_call("packed_matmul", torch.ones(4, k), *gains, forward)
         assert refused in str(raised.value)
-    library.simulated_wgmma(0)
+    library.emulated_architecture(89)
 
 
 def check_packed_calls_are_handed_on(library):
@@ -230,7 +234,7 @@ def check_packed_calls_are_handed_on(library):
     g = generator(6)
     matrix = exact_matrix("normal", 50, 21)[2:, 3:].T
     forward, transpose = packed.pack(matrix)
-    (n, k), before = matrix.shape, library.simulated_products()
+    (n, k), before = matrix.shape, library.emulated_launches(b"kernel")
     vectors = [integers((size,), 2, g) for size in (k, n, n)]
     for lead in ((17,), (3, 1, 20)):
         x, other = (integers((*lead, size), 2, g) for size in (k, n))
@@ -245,7 +249,7 @@ def check_packed_calls_are_handed_on(library):
             product, grad = packed_call("packed_matmul_gain_grad", *args)
             assert torch.equal(grad, (x * dx).reshape(-1, k).sum(0))
             assert torch.equal(product, dx * vectors[0]) if wanted else product.shape == (0, k)
-    assert library.simulated_products() == before
+    assert library.emulated_launches(b"kernel") == before
 
 
 def check_through_the_public_operator(library):
@@ -271,11 +275,11 @@ def check_through_the_public_operator(library):
             named = {"in_gain": gain, "bias": bias}
             want = Expected(x, matrix, named, dy)
             leaves = [v.clone().requires_grad_() for v in (x, gain, bias)]
-            before = library.simulated_products()
+            before = library.emulated_calls()
             y = nmkern.modulated_linear(leaves[0], matrix, in_gain=leaves[1], bias=leaves[2])
-            assert library.simulated_products() - before == (rows <= 16)
+            assert library.emulated_calls() - before == (rows <= 16)
             grads = torch.autograd.grad(y, leaves, dy)
-            assert library.simulated_products() - before == 2 * (rows <= 16)
+            assert library.emulated_calls() - before == 2 * (rows <= 16)
             assert torch.equal(y.detach(), want.y.float())
             for name, grad in zip(("x", "in_gain", "bias"), grads, strict=True):
                 assert torch.equal(grad, want.grads[name].float()), name
@@ -296,23 +300,25 @@ def check_errors(library):
         with pytest.raises(RuntimeError) as raised:
             call()
         assert refused in str(raised.value)
-    library.simulated_error(7)
+    library.emulated_error(7)
     with pytest.raises(RuntimeError, match="cuda backend: launching a kernel: error 7"):
         matmul(x, matrix)
-    assert library.simulated_guards() == 0
+    assert library.emulated_guards() == 0
     assert matmul(x, matrix).shape == (4, 7)
 
 
 def main(path, stub):
     torch.ops.load_library(path)
     library = ctypes.CDLL(path)
-    library.simulated_products.restype = library.simulated_wide_products.restype = ctypes.c_int64
+    library.emulated_calls.restype = library.emulated_launches.restype = ctypes.c_int64
     cuda._load = lambda: (library, None)
     if stub == "none":
         with pytest.raises(RuntimeError, match="this PyTorch was built without CUDA"):
             matmul(torch.ones(4, 12), exact_matrix("uniform", 7, 12))
     else:
         ctypes.CDLL(stub)
+        library.emulated_architecture(89)
+        cuda.set_small_rows(SMALL_ROWS)
         check_the_formula(library)
         check_tensors_of_any_layout()
         check_contexts_out_of_range()
@@ -323,9 +329,9 @@ def main(path, stub):
         check_through_the_public_operator(library)
         check_packed_calls_are_handed_on(library)
         check_errors(library)
-        simulated_cuda_sparse.check_all(library)
-        simulated_cuda_flynet.check_all(library)
-    assert library.simulated_guards() == 0
+        emulated_cuda_sparse.check_all(library)
+        emulated_cuda_flynet.check_all(library)
+    assert library.emulated_guards() == 0
     print("passed")
 
 
