@@ -147,7 +147,7 @@ int64_t check_sparse_cases(const Execute& execute, int64_t many) {
       {0, 0, 130, 61, 61, 3, 20, Dtype::float32, 1, 3},      // fours, and what is left of a row
       {0, 0, 130, 61, 61, 3, 9, Dtype::bfloat16, 1, 3},      //
       {0, 0, 600, 12, 12, 3, many, Dtype::float16},          // blocks that take groups in order
-      {0, 0, 4200, 12, 12, 2, 2},                            // more rows than a list
+      {0, 0, 4200, 12, 12, 2, 9},                            // more rows than a list, read by several lanes
       {0, 0, 200, 2500, 2500, 6, 33},                        // tiles of 16 rows only
       {0, 0, 90, 2400, 2400, 300, 10},                       // draws that no block has room for
   };
