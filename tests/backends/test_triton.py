@@ -364,6 +364,17 @@ def test_opcheck(primitive):
     torch.library.opcheck(primitives.overload("triton", primitive), (*values, *primitives.dense_args(matrix)))
 
 
+@pytest.mark.parametrize(
+    ("version", "major", "kept"), [((3, 8), 9, False), ((3, 8), 8, True), ((3, 9), 9, True)]
+)
+def test_loops_that_a_compiler_breaks_are_not_pipelined(monkeypatch, version, major, kept):
+    monkeypatch.setattr(launch, "VERSION", version)
+    monkeypatch.setattr(launch, "major_of", lambda _: major)
+    tile = configs.tile_of(stream.UNIFORM.tag, False, 128, 1)
+    assert tile.stages > 1
+    assert launch.stages(torch.device("cuda"), tile) == (tile.stages if kept else 1)
+
+
 def test_the_interpreter_runs_because_the_environment_says_so():
     if INTERPRETED:
         assert os.environ["TRITON_INTERPRET"] == "1"

@@ -83,18 +83,26 @@ struct PhaseBarrier {
   Known known, over;
 };
 
-// Shared memory that wgmma reads while it is at work: it must not change.
+// Shared memory and registers that wgmma reads while it is at work: they must not change.
 struct Reading {
   int64_t at;
   uint16_t bits;
+};
+struct RegisterReading {
+  const uint64_t* at;
+  uint64_t value;
+};
+struct InFlight {
+  std::vector<Reading> memory;
+  std::vector<RegisterReading> registers;
 };
 
 struct Warpgroup {
   int asked = 0;  // warps that have come to an instruction of all
   uint32_t round = 0;
   bool fenced = false;
-  std::vector<Reading> group;
-  std::deque<std::vector<Reading>> at_work;
+  InFlight group;
+  std::deque<InFlight> at_work;
 };
 
 struct Copy {

@@ -1,8 +1,8 @@
 // Tensor cores: mma, wgmma, and the loads and stores of their fragments, as the PTX manual lays them out.
 //
-// Sums are taken as coarsely as GPUs may: see add_products. What wgmma
-// reads of shared memory is compared with what is there when it is waited for: it may be read at any time
-// between. Its sums are there at once, as the compiler moves registers that it has asked for, not yet got.
+// Sums are taken as coarsely as GPUs may: see add_products. What wgmma reads, in shared memory and registers,
+// is compared with what is there when it is waited for: it may be read at any time between. Its sums are there
+// at once, as the compiler moves registers that it has asked for, not yet got.
 #include <algorithm>
 
 #include "halves.h"
@@ -162,7 +162,7 @@ Flow wgmma(Warp& w, const Instruction& i, uint32_t lanes) {
       for (int which = 0; which < 4; ++which) w.block.accesses.read_by_wgmma(member(w, which), offset);
       uint16_t bits;
       std::memcpy(&bits, from, 2);
-      group.group.push_back({offset, bits});
+      group.group.memory.push_back({offset, bits});
       return value_of<format>(bits);
     };
     std::vector<double> right(16 * 8 * tiles);  // [tile][k][column]
@@ -173,6 +173,11 @@ Flow wgmma(Warp& w, const Instruction& i, uint32_t lanes) {
       Fragment a;
       if (in_registers) {
         read_a<format>(one, i, 1, a);
+        for (int reg = 0; reg < 4; ++reg)
+          for (int lane = 0; lane < kLanes; ++lane) {
+            const uint64_t& held = one.slot(i, 1, reg)[lane];
+            group.group.registers.push_back({&held, held});
+          }
       } else {
         const Descriptor left{*w.slot(i, 1), said(int(i.operands.size()) - 2) != 0};
         for (int row = 0; row < 16; ++row)
@@ -200,7 +205,7 @@ Flow wgmma_fence(Warp& w, const Instruction&, uint32_t lanes) {
 Flow wgmma_commit(Warp& w, const Instruction&, uint32_t lanes) {
   return of_all(w, lanes, [](Warpgroup& group) {
     group.at_work.push_back(std::move(group.group));
-    group.group.clear();
+    group.group = {};
     group.fenced = false;
   });
 }
@@ -209,12 +214,15 @@ Flow wgmma_wait(Warp& w, const Instruction& i, uint32_t lanes) {
   return of_all(w, lanes, [&](Warpgroup& group) {
     const size_t most = size_t(*w.slot(i, 0));
     const auto* memory = reinterpret_cast<const unsigned char*>(w.block.words.data());
-    for (; group.at_work.size() > most; group.at_work.pop_front())
-      for (const Reading& one : group.at_work.front()) {
+    for (; group.at_work.size() > most; group.at_work.pop_front()) {
+      for (const RegisterReading& one : group.at_work.front().registers)
+        if (*one.at != one.value) fail("registers that wgmma reads changed while it was at work");
+      for (const Reading& one : group.at_work.front().memory) {
         if (std::memcmp(memory + one.at, &one.bits, 2) != 0)
           fail("what wgmma reads changed while it was at work");
         for (int which = 0; which < 4; ++which) w.block.accesses.still_read(member(w, which), one.at);
       }
+    }
   });
 }
 

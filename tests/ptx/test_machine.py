@@ -487,7 +487,8 @@ RIGHT = {"{fence}": "fence.proxy.async.shared::cta;", "{begin}": "wgmma.fence.sy
         ({}, None),
         ({"{fence}": ""}, "no fence has published"),
         ({"{begin}": ""}, "without a fence before it"),
-        ({"{change}": "mov.u32 %r4, 5; @%p1 st.shared.u32 [%r3], %r4;"}, "race|changed"),
+        ({"{change}": "mov.u32 %r6, 5; @%p1 st.shared.u32 [%r3], %r6;"}, "race|changed"),
+        ({"{change}": "mov.u32 %r4, 5;"}, "registers that wgmma reads changed"),
     ],
 )
 def test_asynchronous_products_need_their_fences(wrong, said):

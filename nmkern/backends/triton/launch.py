@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nmkern import stream
 from nmkern.backends.triton import autotune, configs, dense
-from nmkern.backends.triton.variant import Variant
+from nmkern.backends.triton.variant import VERSION, Variant
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -131,7 +131,6 @@ def _plan(
         "BM": tile.batch,
         "WARPS": tile.warps,
         "num_warps": tile.warps,
-        "num_stages": tile.stages,
     }
     prepare = {**both, "BM": max(1, PREPARED // step), "num_warps": 4}
     if scaled:
@@ -219,14 +218,29 @@ def contexts_of(bank: Tensor | None) -> int:
 
 
 @functools.cache
+def major_of(device: torch.device) -> int:
+    """The first number of a GPU's compute capability; 0 of a CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def stages(device: torch.device, tile: configs.Tile) -> int:
+    """How many tiles of x product_kernel has in flight.
+
+    In a loop that it pipelines for Hopper, Triton before 3.9 overwrites registers that wgmma may still read
+    (16 of the 50 kernels in the committed table, by Triton 3.6, 3.7.1 and 3.8 alike), and before 3.7.1 it
+    leaves out the fence between cp.async and wgmma. One tile is not pipelined, and has neither.
+    """
+    broken = VERSION < (3, 9) and major_of(device) == 9 and torch.version.hip is None
+    return 1 if broken else tile.stages
+
+
 def pieces(device: torch.device, batch: int) -> int:
     """In how many pieces product_kernel multiplies ``batch`` rows of x.
 
     Before Hopper, Triton gives the warps of a single square product columns too, and weights would go through
     shared memory; of two products with the same weights, each warp owns whole rows.
     """
-    whole = batch < 64 or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return 1 if whole else 2
+    return 1 if batch < 64 or major_of(device) in (0, 9, 10) else 2
 
 
 def _prepare(x, in_gain, context, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -267,6 +281,7 @@ def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, 
             BIAS_BANK=contexts[1] > 1,
             PARTIAL=partial,
             PIECES=pieces(device, plan.tile.batch),
+            num_stages=stages(device, plan.tile),
         )
 
     if autotune.enabled(device):

@@ -32,7 +32,8 @@ except ImportError:  # as before Triton 3.6
     native_specialize_impl = None
 
 # Whether ``CompiledKernel.run`` takes what it takes in every Triton from 3.6 to 3.9; of others nobody knows.
-RUNS = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+RUNS = (3, 6) <= VERSION <= (3, 9)
 
 # Kernels that a variant keeps: for each matrix, batch and layout one, so that a bound is for those who
 # change them all the time. A new one costs what it did without.
