@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.machine_code import loops, run_tool, write_table
+from benchmarks.machine_code import WGMMA, hazards, loops, run_tool, write_table
 from nmkern.backends import cuda
 
 ARCHS = ("80", "89", "90a")
@@ -23,7 +23,6 @@ _OPERANDS = {"1": "bfloat16", "2": "float16"}
 _PRODUCT = re.compile(
     r"(skinny|wide)_kernelI(?:NS\d?_\d+ConfigI)?LNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELNS_5DtypeE(\d)ELi(\d)E"
 )
-_WGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x16\.F32(\.BF16)? R(?P<d>\d+), R(?P<a>\d+), gdesc")
 _GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
 # Logic, shifts, byte permutes, additions, comparisons; a multiply-add (IMAD) is another unit's.
 _INTEGER = re.compile(r"(LOP3|SHF|PRMT|V?IADD3?|ISETP|SEL|LEA|MOV|SGXT|BMSK|VIMNMX|PLOP3)\b")
@@ -131,46 +130,7 @@ def _main_loop(body: str) -> list[str]:
 def _from_registers(loop: list[str]) -> int:
     """How many wgmma of a loop take A from registers; 0 where any does not."""
     found = [one for one in loop if "HGMMA" in one]
-    return len(found) if all(_WGMMA.match(one) for one in found) else 0
-
-
-def hazards(loop: list[str]) -> list[str]:
-    """Instructions of a loop that touch a wgmma's sums, or write its A, while it may still be at work.
-
-    Groups end with the wgmma that counts up gsb0; a wait leaves the newest of them at work.
-    """
-    at_work: list[list[tuple[range, range]]] = [[]]
-    found = []
-    for one in (*loop, *loop):
-        if match := _WGMMA.match(one):
-            tile = int(match["n"]) // 2
-            sums, a = int(match["d"]), int(match["a"])
-            at_work[-1].append((range(sums, sums + tile), range(a, a + 4)))
-            if "gsb0" in one:
-                at_work.append([])
-        elif match := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", one):
-            closed, last = at_work[:-1], at_work[-1]
-            most = int(match[1], 16)
-            at_work = [*closed[len(closed) - most :], last] if most < len(closed) else at_work
-        else:
-            written, touched = _registers(one)
-            for sums, a in (pair for group in at_work for pair in group):
-                if touched & set(sums) or written & set(a):
-                    found.append(one)
-    return found
-
-
-def _registers(instruction: str) -> tuple[set[int], set[int]]:
-    """The registers that an instruction writes, and all that it touches."""
-    name, *operands = re.sub(r"^@\S+ ", "", instruction).replace(",", " ").split()
-    wide = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
-    named = [(at, int(r)) for at, one in enumerate(operands) for r in re.findall(r"\bR(\d+)", one)]
-    # Wide are what a load writes or a store reads, and the sum that a wide product is added to.
-    last = len(operands) - 1
-    wide_operands = {last} if name.startswith("ST") else {0, last} if ".WIDE" in name else {0}
-    used = {at: range(r, r + (wide if at in wide_operands else 1)) for at, r in named}
-    written = set() if name.startswith("ST") else set(used.get(0, ()))
-    return written, {r for registers in used.values() for r in registers}
+    return len(found) if all(WGMMA.match(one) for one in found) else 0
 
 
 def overtakes(code: str, table: bool = False, table_later: bool = False) -> list[str]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code import loops, run_tool, write_table
+from benchmarks.machine_code import hazards, loops, run_tool, write_table
 from nmkern import stream
 from nmkern.backends.triton import configs, dense, flynet, launch, sparse
 
@@ -85,6 +85,7 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
         multiplying = {operation.partition(".")[0] for operation in operations if "MMA." in operation}
         row["instructions_per_weight"] = round(len(loop) / weights, 2)
         row["multiplied_by"] = " ".join(sorted(multiplying))
+        row["hazards"] = len(hazards(loop))  # see nmkern.backends.triton.launch.stages
         row["copies_of_16_bytes"] = sum(re.match(r"LDGSTS.*\.128", name) is not None for name in operations)
         row["stores_to_shared"] = sum(name.startswith("STS") for name in operations)
     return row

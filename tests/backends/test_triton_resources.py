@@ -35,6 +35,7 @@ def test_kernels_compile_within_the_committed_resources(run_python, arch):
     version, found = json.loads(printed.partition("RESULT")[2])
     assert len(found) > 40
     assert {name: row["spilled_bytes"] for name, row in found.items() if row["spilled_bytes"]} == {}
+    assert {name: row["hazards"] for name, row in found.items() if row.get("hazards")} == {}
     if version != TABLE["triton"]:
         pytest.skip(f"the table holds figures of Triton {TABLE['triton']}, this is {version}")
     assert found.keys() == {name for name in TABLE if name.startswith(arch)}
