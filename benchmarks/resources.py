@@ -147,7 +147,8 @@ def _compile_product(
         pointers |= {"context": "*i64"}
     if scaled:
         pointers |= {"row_scale": "*fp32"}
-    compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, tile.stages)
+    stages = launch.stages(tile, arch // 10)
+    compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, stages)
     return compiled, tile.outputs * step / (32 * tile.warps)
 
 

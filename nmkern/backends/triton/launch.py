@@ -218,19 +218,20 @@ def contexts_of(bank: Tensor | None) -> int:
 
 
 @functools.cache
+@functools.cache
 def major_of(device: torch.device) -> int:
     """The first number of a GPU's compute capability; 0 of a CPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def stages(device: torch.device, tile: configs.Tile) -> int:
-    """How many tiles of x product_kernel has in flight.
+def stages(tile: configs.Tile, major: int) -> int:
+    """How many tiles of x product_kernel has in flight on a GPU of a compute capability.
 
     In a loop that it pipelines for Hopper, Triton before 3.9 overwrites registers that wgmma may still read
     (16 of the 50 kernels in the committed table, by Triton 3.6, 3.7.1 and 3.8 alike), and before 3.7.1 it
     leaves out the fence between cp.async and wgmma. One tile is not pipelined, and has neither.
     """
-    broken = VERSION < (3, 9) and major_of(device) == 9 and torch.version.hip is None
+    broken = VERSION < (3, 9) and major == 9 and torch.version.hip is None
     return 1 if broken else tile.stages
 
 
@@ -281,7 +282,7 @@ def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, 
             BIAS_BANK=contexts[1] > 1,
             PARTIAL=partial,
             PIECES=pieces(device, plan.tile.batch),
-            num_stages=stages(device, plan.tile),
+            num_stages=stages(plan.tile, major_of(device)),
         )
 
     if autotune.enabled(device):
