@@ -7,7 +7,7 @@ left out.
 """
 
 import ctypes
-from typing import Any, ClassVar
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,9 +38,7 @@ class Utils:
 
 
 class Launcher:
-    """Of a compiled kernel; ``launched`` counts."""
-
-    launched: ClassVar[list[str]] = []
+    """Of a compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.kinds = list(source.signature.values())
@@ -58,7 +56,6 @@ class Launcher:
             given.append(value if kind.startswith("*") else _NUMBERS[kind](value))
         # Scratch of Triton's own, which no kernel here has, and of its profiler's.
         module.launch(name, (x, y, z), (self.threads,), [*given, None, None], self.shared)
-        self.launched.append(name)
 
 
 class Driver:

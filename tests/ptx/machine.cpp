@@ -159,9 +159,7 @@ bool Warp::run(int most) try {
       group->apart = true;
       continue;
     }
-    if (flow == Flow::next) {
-      ++group->at;
-    } else if (flow == Flow::wait) {
+    if (flow == Flow::next || flow == Flow::wait) {
       ++group->at;
     } else if (lanes == group->lanes) {
       if (flow == Flow::jump)

@@ -88,8 +88,6 @@ int64_t emulated_launches(const char* part) {
   for (const auto& [name, times] : launches()) count += name.find(part) != name.npos ? times : 0;
   return count;
 }
-// How many of the program's kernels were never launched.
-int64_t emulated_unused() { return int64_t(names().size() - launches().size()); }
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
