@@ -336,30 +336,30 @@ Handler arithmetic_of(const std::vector<std::string>& parts, Instruction& instru
   if (name == "bra") return jump;
   if (name == "ret" || name == "exit") return leave;
   if (name == "setmaxnreg") return nothing;
-  if (name == "add" && plain) return binary_of<kAdd>(type);
-  if (name == "sub" && plain) return binary_of<kSubtract>(type);
-  if (name == "mul" && plain) return binary_of<kMultiply>(type);
-  if (name == "mul" && how == "lo") return binary_of<kMultiplyLow>(type);
-  if (name == "mul" && how == "hi") return binary_of<kMultiplyHigh>(type);
-  if (name == "mul" && how == "wide") return binary_of<kMultiplyWide>(type);
-  if (name == "mad" && how == "lo") return ternary_of<kMultiplyAddLow>(type);
+  if (name == "add" && plain) return map_of<kAdd, 1, 2>(type);
+  if (name == "sub" && plain) return map_of<kSubtract, 1, 2>(type);
+  if (name == "mul" && plain) return map_of<kMultiply, 1, 2>(type);
+  if (name == "mul" && how == "lo") return map_of<kMultiplyLow, 1, 2>(type);
+  if (name == "mul" && how == "hi") return map_of<kMultiplyHigh, 1, 2>(type);
+  if (name == "mul" && how == "wide") return map_of<kMultiplyWide, 1, 2>(type);
+  if (name == "mad" && how == "lo") return map_of<kMultiplyAddLow, 1, 2, 3>(type);
   if (name == "mad" && how == "wide" && type == "u32") return multiply_add_wide<uint32_t>;
   if (name == "mad" && how == "wide" && type == "s32") return multiply_add_wide<int32_t>;
-  if (name == "fma" && how == "rn" && (type == "f32" || type == "f64")) return ternary_of<kFused>(type);
+  if (name == "fma" && how == "rn" && (type == "f32" || type == "f64")) return map_of<kFused, 1, 2, 3>(type);
   if (name == "fma" && how == "rn") return half_fused_of(type);
-  if (name == "div" && plain) return binary_of<kDivide>(type);
-  if (name == "rem" && plain) return binary_of<kRemainder>(type);
-  if (name == "min" && plain) return binary_of<kLeast>(type);
-  if (name == "max" && plain) return binary_of<kMost>(type);
-  if (name == "neg" && plain) return unary_of<kNegate>(type);
-  if (name == "abs" && plain) return unary_of<kAbsolute>(type);
-  if (name == "and" && plain) return binary_of<kAnd>(type);
-  if (name == "or" && plain) return binary_of<kOr>(type);
-  if (name == "xor" && plain) return binary_of<kXor>(type);
-  if (name == "not" && plain) return unary_of<kNot>(type);
-  if (name == "brev" && type == "b32") return unary<uint32_t, kReverse>;
-  if (name == "popc") return unary_of<kCount>(type);
-  if (name == "bfind" && how == "shiftamt" && type == "u32") return unary<uint32_t, kLeadingZeros>;
+  if (name == "div" && plain) return map_of<kDivide, 1, 2>(type);
+  if (name == "rem" && plain) return map_of<kRemainder, 1, 2>(type);
+  if (name == "min" && plain) return map_of<kLeast, 1, 2>(type);
+  if (name == "max" && plain) return map_of<kMost, 1, 2>(type);
+  if (name == "neg" && plain) return map_of<kNegate, 1>(type);
+  if (name == "abs" && plain) return map_of<kAbsolute, 1>(type);
+  if (name == "and" && plain) return map_of<kAnd, 1, 2>(type);
+  if (name == "or" && plain) return map_of<kOr, 1, 2>(type);
+  if (name == "xor" && plain) return map_of<kXor, 1, 2>(type);
+  if (name == "not" && plain) return map_of<kNot, 1>(type);
+  if (name == "brev" && type == "b32") return map<uint32_t, kReverse, 1>;
+  if (name == "popc") return map_of<kCount, 1>(type);
+  if (name == "bfind" && how == "shiftamt" && type == "u32") return map<uint32_t, kLeadingZeros, 1>;
   if (name == "bfe" && type == "u32") return extract<uint32_t>;
   if (name == "bfe" && type == "s32") return extract<int32_t>;
   if (name == "lop3" && type == "b32") return logic;
@@ -367,12 +367,12 @@ Handler arithmetic_of(const std::vector<std::string>& parts, Instruction& instru
   if (name == "setp") return setp_of(parts);
   if (name == "cvt") return cvt_of(parts);
   // Global memory is at its own address.
-  if (name == "cvta" && parts.size() == 4 && parts[2] == "global") return unary<uint64_t, kMove>;
+  if (name == "cvta" && parts.size() == 4 && parts[2] == "global") return map<uint64_t, kMove, 1>;
   if (name == "mov" && (instruction.count(0) > 1 || instruction.count(1) > 1)) {
     instruction.extra = std::stoi(type.substr(1));
     return pack;
   }
-  if (name == "mov" && plain) return unary_of<kMove>(type);
+  if (name == "mov" && plain) return map_of<kMove, 1>(type);
   if (name == "selp" && plain) return with_type(type, []<class T>() -> Handler { return select<T>; });
   const auto shifting = [&]<class T>() -> Handler {
     if constexpr (Integer<T>)

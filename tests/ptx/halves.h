@@ -1,6 +1,7 @@
 // float16 and bfloat16 as 16 bits, exactly as IEEE 754 rounds: to the nearest, ties to even.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -10,9 +11,8 @@ namespace ptx {
 enum class Half { float16, bfloat16 };
 
 constexpr int digits(Half format) { return format == Half::float16 ? 11 : 8; }
-constexpr int least(Half format) {
-  return format == Half::float16 ? -14 : -126;
-}  // exponent of a normal number
+// Exponent of the least normal number.
+constexpr int least(Half format) { return format == Half::float16 ? -14 : -126; }
 
 inline double decoded(uint16_t bits, Half format) {
   const int stored = digits(format) - 1, top = bits >> stored & ((1 << (15 - stored)) - 1);

@@ -7,7 +7,7 @@
 // What a GPU would not forgive is refused: addresses that are not aligned or outside memory, threads that
 // wait for each other for ever, and, in shared memory, whatever depends on which thread comes first: accesses
 // that no barrier orders (of the lanes of one warp too), and reads by wgmma, which goes another way than
-// stores do, of what no fence of the writer has published.
+// stores do, of what no fence has published.
 #pragma once
 
 #include <array>

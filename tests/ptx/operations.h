@@ -43,55 +43,21 @@ Handler with_type(const std::string& name, const Make& make) {
   return nullptr;
 }
 
-// The first operand becomes a function of the others.
-template <class T, auto function>
-Flow unary(Warp& w, const Instruction& i, uint32_t lanes) {
-  uint64_t *to = w.slot(i, 0), *a = w.slot(i, 1);
-  for_each_lane(lanes, [&](int lane) { set(to[lane], function(get<T>(a[lane]))); });
-  return Flow::next;
-}
-
-template <class T, auto function>
-Flow binary(Warp& w, const Instruction& i, uint32_t lanes) {
-  uint64_t *to = w.slot(i, 0), *a = w.slot(i, 1), *b = w.slot(i, 2);
-  for_each_lane(lanes, [&](int lane) { set(to[lane], function(get<T>(a[lane]), get<T>(b[lane]))); });
-  return Flow::next;
-}
-
-template <class T, auto function>
-Flow ternary(Warp& w, const Instruction& i, uint32_t lanes) {
-  uint64_t *to = w.slot(i, 0), *a = w.slot(i, 1), *b = w.slot(i, 2), *c = w.slot(i, 3);
-  for_each_lane(
-      lanes, [&](int lane) { set(to[lane], function(get<T>(a[lane]), get<T>(b[lane]), get<T>(c[lane]))); });
+// Operand 0 becomes a function of others, by number.
+template <class T, auto function, int... operand>
+Flow map(Warp& w, const Instruction& i, uint32_t lanes) {
+  uint64_t* to = w.slot(i, 0);
+  const uint64_t* from[] = {to, w.slot(i, operand)...};
+  for_each_lane(lanes, [&](int lane) { set(to[lane], function(get<T>(from[operand][lane])...)); });
   return Flow::next;
 }
 
 // For each type that the function takes.
-template <auto function>
-Handler unary_of(const std::string& type) {
+template <auto function, int... operand>
+Handler map_of(const std::string& type) {
   return with_type(type, []<class T>() -> Handler {
-    if constexpr (requires(T a) { function(a); })
-      return unary<T, function>;
-    else
-      return nullptr;
-  });
-}
-
-template <auto function>
-Handler binary_of(const std::string& type) {
-  return with_type(type, []<class T>() -> Handler {
-    if constexpr (requires(T a) { function(a, a); })
-      return binary<T, function>;
-    else
-      return nullptr;
-  });
-}
-
-template <auto function>
-Handler ternary_of(const std::string& type) {
-  return with_type(type, []<class T>() -> Handler {
-    if constexpr (requires(T a) { function(a, a, a); })
-      return ternary<T, function>;
+    if constexpr (requires(T a) { function((void(operand), a)...); })
+      return map<T, function, operand...>;
     else
       return nullptr;
   });

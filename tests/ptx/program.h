@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -83,7 +84,7 @@ class Module {
   std::string text_;
   std::map<std::string, size_t> entries_;  // where each begins
   std::map<std::string, std::vector<uint64_t>> globals_;
-  std::map<std::string, int64_t> externs_;  // alignment of what a launch adds to shared memory
+  std::set<std::string> externs_;  // names for what a launch adds to shared memory
   std::map<std::string, std::unique_ptr<Kernel>> kernels_;
   friend class Reader;
 };

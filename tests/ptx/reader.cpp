@@ -131,7 +131,7 @@ Module::Module(std::string text) : text_(plain(text)) {
       }
       globals_[found.name] = std::move(words);
     } else {
-      externs_[found.name] = found.align;
+      externs_.insert(found.name);
     }
     at = stop;
   }

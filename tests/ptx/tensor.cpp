@@ -1,8 +1,8 @@
 // Tensor cores: mma, wgmma, and the loads and stores of their fragments, as the PTX manual lays them out.
 //
 // Sums are taken as coarsely as GPUs may: see add_products. What wgmma reads, in shared memory and registers,
-// is compared with what is there when it is waited for: it may be read at any time between. Its sums are there
-// at once, as the compiler moves registers that it has asked for, not yet got.
+// is compared with what is there when it is waited for: it may be read at any time between. Its sums are
+// there at once, as the compiler moves registers that it has asked for, not yet got.
 #include <algorithm>
 
 #include "halves.h"
@@ -97,7 +97,7 @@ Flow mma(Warp& w, const Instruction& i, uint32_t lanes) {
 }
 
 // Where an element of an operand lies in shared memory: `strided` counts along rows or columns of the
-// product, k along the reduction, and `major` tells which of the two is contiguous.
+// product, k along the reduction; `transposed` tells that not k is contiguous.
 struct Descriptor {
   uint64_t bits;
   bool transposed;
