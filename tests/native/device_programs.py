@@ -41,7 +41,7 @@ def program(kernels: str, target: str) -> Path:
 
 def emulated(kernels: str, target: str) -> tuple[int, str]:
     """The exit status of a program that runs on the CPU, and what it printed."""
-    path = _made(kernels, emulated_flags(target), emulator.objects())
+    path = _made(kernels, _emulated_flags(target), emulator.objects())
     done = subprocess.run([path], env=emulation(path, target), capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
@@ -49,12 +49,12 @@ def emulated(kernels: str, target: str) -> tuple[int, str]:
 def emulated_objects(target: str) -> list[Path]:
     """What the library for CUDA is linked from beside its bindings, with a runtime that executes PTX."""
     machine = emulator.objects()
-    folder = _made("dense", emulated_flags(target), machine).parent
+    folder = _made("dense", _emulated_flags(target), machine).parent
     names = ("device", *(name for names in KERNELS.values() for name in names), "runtime")
     return [*machine, *(folder / f"{name}.o" for name in names)]
 
 
-def emulated_flags(target: str) -> list[str]:
+def _emulated_flags(target: str) -> list[str]:
     return [*_flags(target, "compute"), "-DNMKERN_ONCE", "-Xcompiler=-fPIC"]
 
 

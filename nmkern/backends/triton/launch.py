@@ -218,7 +218,6 @@ def contexts_of(bank: Tensor | None) -> int:
 
 
 @functools.cache
-@functools.cache
 def major_of(device: torch.device) -> int:
     """The first number of a GPU's compute capability; 0 of a CPU."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
