@@ -267,7 +267,7 @@ def sources(pattern: str, *, cuda: bool) -> list[str]:
 
 # So that a library that is older than the sources is known, whatever the times of files say.
 SOURCES = runpy.run_path("nmkern/bench/sources.py")["digest"](Path())
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+HEADERS = sorted(str(path) for pattern in ("*.h", "*.cuh") for path in Path("csrc").rglob(pattern))
 
 setup(
     ext_modules=[

@@ -189,7 +189,7 @@ def _shared() -> dict[tuple[str, ...], int]:
     source = f"#include <cstdio>\nusing namespace nmkern::cuda;\nint main() {{\n{prints}}}\n"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "shared")
-        header = CSRC / "cuda/wide_kernel.h"
+        header = CSRC / "cuda/wide_config.h"
         command = ["c++", "-std=c++20", "-w", "-include", header, "-x", "c++", "-", "-o", program]
         subprocess.run(command, input=source, text=True, check=True)
         sizes = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()

@@ -133,7 +133,7 @@ NMKERN_HD uint32_t decode_levels(uint32_t bytes, int upper) {
 
 // normal's table in shared memory: entry u holds the code in its low half, 0 above, for each of the 32 lanes
 // a copy in the lane's own bank, so that no lookup waits for another. Entries are 256 bytes apart, so that
-// one PRMT makes the address; the odd 128-byte lines between the copies hold x (see skinny_kernel.h).
+// one PRMT makes the address; the odd 128-byte lines between the copies hold x (see skinny_config.h).
 constexpr int kEntryBytes = 256;
 constexpr int kTableBytes = 256 * kEntryBytes;
 

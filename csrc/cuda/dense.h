@@ -5,7 +5,7 @@
 //   with z[m, n] = factor * sum_k (x[m, k] * in_gain[c, k]) * code[n, k]
 //
 // Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/dense.h, but
-// for contexts out of range (see product.h).
+// for contexts out of range (see bank_row).
 #pragma once
 
 #include "../matrix.h"

@@ -1,7 +1,7 @@
 // How every kernel is enqueued: it may begin while the one before it in the stream still runs (programmatic
 // dependent launch), where a GPU can do that, so that launching it takes no time of its own.
 //
-// Invariant: each thread of a kernel calls Threads::await_previous before it touches the device's memory, the
+// Invariant: each thread of a kernel calls await_previous before it touches the device's memory, the
 // program's own constants aside. Nothing is read by __ldg, through the cache of what does not change while a
 // kernel runs: when it begins, kernels before it may still write. test_cuda_resources.py holds the machine
 // code to both.

@@ -6,7 +6,7 @@
 //   gain_grad[t, h] = sum over b of t: r[b, h] * decoder_factor * sum_c code[c, h] * d_logits[b, c]
 //
 // Sizes and strides count elements; every pointer is the device's. The contract is that of cpu/flynet.h, but
-// for contexts out of range (see product.h).
+// for contexts out of range (see bank_row).
 #pragma once
 
 #include "../matrix.h"

@@ -5,10 +5,90 @@
 #pragma once
 
 #include "flynet.h"
-#include "flynet_kernel.h"
 #include "sparse_plan.h"
 
 namespace nmkern::cuda {
+
+using FlyTile = Tile<16>;
+
+constexpr int kTilePatches = 3;  // of 4 classes
+constexpr int kTileClasses = kTilePatches * kRowsPerPatch;
+constexpr int kFlyRows = FlyTile::kRows, kFlyUnits = FlyTile::kUnits;
+static_assert(kFlyUnits == kTileThreads && kFlyRows == kTileWarps, "a thread owns a unit, a warp a row");
+constexpr int kPatchSums = kRowsPerPatch * kFlyRows;  // of a warp
+constexpr int kFlyParts = kTileThreads / FlyTile::kChunks;
+constexpr int kPartPitch = kFlyParts + 2;  // floats: chunks are 8 banks apart
+constexpr int kProductPitch = kFlyUnits + 4;
+
+struct Network {
+  TileSource source;
+  uint32_t fan_in;
+  const uint32_t* columns;  // [fan_in][columns_stride], FlyTile offsets
+  int64_t columns_stride;
+  const uint32_t* counts;  // [inputs]
+  float encoder_factor;
+  int64_t hidden;
+
+  Family family;
+  Key key;               // of the decoder
+  uint32_t class_patch;  // the patch of the first class, and how many of its rows lie before the class
+  int32_t class_skip;
+  int64_t patches, classes;
+  int64_t decoder_col;
+  float decoder_factor;
+  const int64_t* context;
+};
+
+// Shared memory behind the tile; reused areas say for what.
+struct FlyShared {
+  alignas(16) float codes[kTileClasses][kFlyUnits];
+  union {
+    float parts[kFlyRows][kPartPitch];                             // of the means
+    alignas(16) float sums[kTilePatches][kTileWarps][kPatchSums];  // of the logits
+  };
+  alignas(16) float d[kTileClasses][kFlyRows];  // gradients of the logits
+  float mean[kFlyRows];
+  int64_t row[kFlyRows];  // of the bank, -1 beyond the batch
+  float counts[1];        // [inputs]: it is the last
+};
+
+// The tile is where products go too, once it has been read.
+NMKERN_HD constexpr int64_t fly_tile_bytes(int64_t inputs) {
+  const int64_t products = int64_t{kFlyRows} * kProductPitch * 4, tile = FlyTile::bytes(inputs);
+  return whole(tile > products ? tile : products, 16);
+}
+NMKERN_HD constexpr int64_t fly_shared_bytes(int64_t inputs) {
+  return fly_tile_bytes(inputs) + int64_t{sizeof(FlyShared)} + inputs * 4;
+}
+
+struct Logits {
+  Network net;
+  Bank gain;
+  int64_t groups, block_groups;  // of kFlyUnits units: all, and those that a block (a split) takes in order
+  float* partial;                // [splits][M][patches * 4]
+};
+
+struct FinishLogits {
+  const float* partial;
+  int64_t splits, stride, skip, batch, classes;
+  float factor;
+  Matrix y;
+};
+
+struct GainGrad {
+  Network net;
+  Matrix d_logits;
+  int64_t row_groups, split_groups;  // of kFlyRows rows: all, and those that a block takes in order
+  bool each;                         // a row of the result for every row of the batch
+  int64_t rows;                      // of the result
+  float* result;  // [splits][rows][hidden]; with several rows and not `each`, zeros that are added to
+};
+
+struct FinishGainGrad {
+  const float* partial;
+  int64_t splits, values;  // values: of the result
+  float* gain_grad;
+};
 
 struct FlyPlan {
   Drawing drawing;

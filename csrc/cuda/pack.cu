@@ -1,24 +1,115 @@
-// Packing on the device, and its launcher; pack.h has what it computes.
+// x packed on the device, and the launcher; pack_plan.h says when, and what for.
+//
+// Invariant: values are rounded as pack_row_kernel says, nowhere else.
+#include "elements.cuh"
 #include "enqueue.h"
-#include "machine.h"
-#include "pack.h"
+#include "pack_plan.h"
 
 namespace nmkern::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kPackThreads) pack_copy_kernel(const Pack p) {
-  const Warp warp;
-  warp.await_previous();
-  const int64_t at = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
-  if (at < p.count()) pack_copy(p, warp, at);
+NMKERN_DEVICE void store_packed(uint16_t* to, const uint32_t (&pair)[kPacked / 2]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-// One block a multiprocessor is enough: left to choose, ptxas aimed at three and spilled.
+// An x that is multiplied as it is: a thread has kPacked elements.
+__global__ void __launch_bounds__(kPackThreads) pack_copy_kernel(const Pack p) {
+  await_previous();
+  const int64_t at = int64_t{blockIdx.x} * kPackThreads + threadIdx.x;
+  if (at >= p.count()) return;
+  const int64_t m = at / (p.row_stride / kPacked), first = at % (p.row_stride / kPacked) * kPacked;
+  const auto* x = static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride;
+  uint32_t pair[kPacked / 2] = {};
+#pragma unroll
+  for (int i = 0; i < kPacked; ++i) {
+    const int64_t k = first + i - p.skip;
+    if (k >= 0 && k < p.reduction) pair[i / 2] |= uint32_t{x[k * p.x.col_stride]} << (i % 2 * 16);
+  }
+  store_packed(p.to + m * p.row_stride + first, pair);
+}
+
+// Elements first - skip and on of row m, times those of `gain`; zeros outside of it.
+NMKERN_DEVICE void packed_values(const Pack& p, int64_t m, const float* gain, int64_t first,
+                                 float (&v)[kPacked]) {
+  if (p.vectors && first + kPacked <= p.reduction) {
+    float factor[kPacked] = {1, 1, 1, 1, 1, 1, 1, 1};
+    if (gain) load_floats(gain + first, factor);  // in flight before x is waited for
+    if (p.x.dtype == Dtype::float32) {
+      load_floats(static_cast<const float*>(p.x.data) + m * p.x.row_stride + first, v);
+    } else {
+      uint32_t pair[kPacked / 4][2];
+      load_elements(static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + first, pair);
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i)
+        v[i] = float_of_half(uint16_t(pair[i / 4][i / 2 % 2] >> (i % 2 * 16)), p.x.dtype);
+    }
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) v[i] = __fmul_rn(v[i], factor[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      const int64_t k = first + i - p.skip;
+      const bool inside = k >= 0 && k < p.reduction;
+      v[i] = inside ? read_element(p.x, m, k) : 0.0f;
+      if (inside && gain) v[i] = __fmul_rn(v[i], gain[k]);
+    }
+  }
+}
+
+// A row of float32 as one or two float16 and a power of two: v = (first + second) * row_scale, but for what
+// is rounded: at most 2^-11 of v by one, 2^-23 by two, or 2^-39 of the row's largest, which is scaled to
+// [2^14, 2^15). float16 has 11 bits, and rounding to nearest leaves a signed rest of half its last place, so
+// two hold 23 of the 24. (Ootomo & Yokota 2022, doi:10.1177/10943420221090256, scale all rows alike.) Three
+// bfloat16, which are exact, take the tensor cores 1.5 times as long as two.
+//
+// One is what x of 16 bits times in_gain becomes: a product with stored weights would round it to the dtype
+// of x, in float16 to the same 11 bits, in bfloat16 to 8, and take half the time that two take here.
+//
+// Block x takes row x. One block a multiprocessor is enough: left to choose, ptxas aimed at three and
+// spilled.
 __global__ void __launch_bounds__(kPackThreads, 1) pack_row_kernel(const Pack p) {
   __shared__ uint32_t largest;
-  Warp warp;
-  warp.await_previous();
-  pack_row(p, warp, &largest);
+  await_previous();
+  const int64_t m = blockIdx.x;
+  const float* gain =
+      p.in_gain.data ? p.in_gain.data + bank_row(p.in_gain, p.context, m) * p.reduction : nullptr;
+  if (thread_id() == 0) largest = 0;
+  __syncthreads();
+  uint32_t most = 0;  // magnitudes are ordered as their bits are; where one is not finite, no result is
+  for (int64_t first = thread_id() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
+    float v[kPacked];
+    packed_values(p, m, gain, first, v);
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      const uint32_t magnitude = bits_of(v[i]) & 0x7FFFFFFF;
+      if (magnitude > most) most = magnitude;
+    }
+  }
+  most = __reduce_max_sync(0xFFFFFFFF, most);
+  if (lane_id() == 0) atomicMax(&largest, most);
+  __syncthreads();
+  // 2^(14 - e) for a largest of exponent e, biased; both it and its inverse are normal numbers.
+  const uint32_t wanted = 2 * 127 + 14 - (largest >> 23), exponent = wanted < 253 ? wanted : 253;
+  const float scale = float_of(exponent << 23);
+  if (thread_id() == 0) p.row_scale[m] = float_of((2 * 127 - exponent) << 23);
+  for (int64_t first = thread_id() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
+    float v[kPacked];
+    packed_values(p, m, gain, first, v);
+    uint32_t pair[2][kPacked / 2] = {};
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      const float scaled = v[i] * scale;
+      const uint16_t upper = half_of(scaled, Dtype::float16);
+      pair[0][i / 2] |= uint32_t{upper} << (i % 2 * 16);
+      if (p.parts == 1) continue;
+      const float rest = scaled - float_of_half(upper, Dtype::float16);
+      // What is not finite has no rest: the difference would be a NaN.
+      const uint16_t lower = rest == rest ? half_of(rest, Dtype::float16) : 0;
+      pair[1][i / 2] |= uint32_t{lower} << (i % 2 * 16);
+    }
+    store_packed(p.to + m * p.row_stride + first, pair[0]);
+    if (p.parts == 2) store_packed(p.to + (p.batch + m) * p.row_stride + first, pair[1]);
+  }
 }
 
 }  // namespace

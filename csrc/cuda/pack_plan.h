@@ -1,14 +1,48 @@
-// From a call to the Operand of its product: whether x is packed first, and where it lies then.
+// x as the products' kernels multiply it: rows of whole, aligned patches of 16-bit elements. Whether x is
+// packed for that first, and where it lies then.
 //
+//   x [M, K], in_gain -> pack.cu -> Operand
+//
+// x that is that already is read where it lies. Else a kernel of its own writes it as that. (Each block of
+// the product for small batches used to do it again, for its 512 outputs: some 75 instructions an element and
+// two loads, one after the other; for 8 rows that is 600 where the 512 weights that they meet take 1,000.)
 // Invariant: it follows from shapes, strides, dtypes and the alignment of addresses, never from the device.
 #pragma once
 
 #include <algorithm>
 
 #include "dense.h"
-#include "pack.h"
 
 namespace nmkern::cuda {
+
+constexpr int kPacked = 8;         // elements that a thread packs at once
+constexpr int kPackThreads = 512;  // 8192 elements of a row are two loads of each
+
+struct Operand {
+  const uint16_t* x;  // [parts, M, x_row_stride]
+  int64_t x_row_stride, x_part_stride;
+  const float* row_scale;    // [M]: what sums are multiplied by, or null
+  int64_t batch, reduction;  // M; elements of a row, a multiple of a patch's
+};
+
+// x as whole, aligned patches, where it is not that already.
+struct Pack {
+  Matrix x;
+  Bank in_gain;
+  const int64_t* context;
+  int64_t batch, reduction;  // M, K
+  int64_t skip;              // elements of the first patch before x: zeros, as what follows it
+  bool vectors;              // whether rows of x and in_gain can be read kPacked elements at a time
+  int parts;                 // that elements become
+  bool scaled;               // whether rows are: float16 of x times in_gain, or of float32; else x as it is
+  uint16_t* to;              // [parts, M, row_stride]
+  int64_t row_stride;        // a multiple of kPacked
+  float* row_scale;          // [M], where they are
+  NMKERN_HD int64_t count() const { return batch * (row_stride / kPacked); }
+};
+
+// Enqueues it on a cudaStream_t; a cudaError_t.
+int launch_pack(const Pack& pack, void* stream);
 
 constexpr int64_t kAlignment = 64;  // bytes of what lies in scratch
 
@@ -95,8 +129,8 @@ auto with_operands(const Dense& call, const Use& use) {
   return call.transposed ? with_operands<family, true>(call, use) : with_operands<family, false>(call, use);
 }
 
-// Calls use.template operator()<family, transposed, operand, parts>() with what a call multiplies: its weights,
-// and an element of x as so many parts of the tensor cores' dtype `operand`.
+// Calls use.template operator()<family, transposed, operand, parts>() with what a call multiplies: its
+// weights, and an element of x as so many parts of the tensor cores' dtype `operand`.
 template <class Use>
 auto with_operands(const Dense& call, const Use& use) {
   switch (call.family) {

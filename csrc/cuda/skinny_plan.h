@@ -6,9 +6,8 @@
 
 #include <algorithm>
 
-#include "gradient.h"
-#include "pack_plan.h"
-#include "skinny_kernel.h"
+#include "finish.h"
+#include "skinny_config.h"
 #include "split_plan.h"
 
 namespace nmkern::cuda {

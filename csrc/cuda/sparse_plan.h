@@ -7,9 +7,53 @@
 #include <algorithm>
 
 #include "sparse.h"
-#include "sparse_kernel.h"
+#include "sparse_tile.h"
 
 namespace nmkern::cuda {
+
+struct Forward {
+  TileSource source;
+  Draws draws;
+  int64_t outputs;
+  int32_t groups;           // of Tile::kUnits outputs
+  int32_t block_groups;     // that a block takes one after the other
+  const uint32_t* columns;  // [fan_in][columns_stride], what draw_block has drawn; null: drawn here
+  int64_t columns_stride;
+  float factor;
+  Matrix y;
+  bool fours;  // takes_four(y)
+};
+
+// What the transposed product needs first: blocks that draw, then blocks that transpose x.
+struct Prepare {
+  Draws draws;
+  int64_t rows, draw_blocks;
+  uint32_t* bits;     // [cols][words], zeros
+  int64_t words;      // of a column, a multiple of kListWords
+  uint32_t* earlier;  // [fan_in][rows]: scratch for more than kHeld draws
+  Matrix x;           // [M, rows]
+  int64_t batch;
+  float* across;   // [rows][stride]
+  int64_t stride;  // M and zeros up to a multiple of 4
+};
+
+constexpr int kSquare = 32;  // rows and columns that a block transposes
+
+struct Columns {
+  const uint32_t* bits;
+  int64_t words;
+  const float* across;
+  int64_t stride, batch, cols;
+  float factor;
+  Matrix y;
+};
+
+constexpr int kColumnWarps = 8, kColumnThreads = kColumnWarps * kLanes;
+constexpr int kListWords = kLanes * kEach;  // that a warp turns into a list at once
+constexpr int kSlab = kLanes * kEach;       // rows of the batch
+constexpr int kSlabPitch = kSlab + 4;       // floats: columns of y are 4 banks apart
+constexpr int kListBytes = kListWords * 32 * 2;
+constexpr int kColumnBytes = kColumnWarps * (kListBytes + kSlabPitch * 4);
 
 constexpr int64_t kSparseScratch = int64_t{64} << 20;
 constexpr int64_t kSparseBlocks = 132;  // that a launch aims at, one for each of an H100's multiprocessors

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "skinny_plan.h"
-#include "wide_kernel.h"
+#include "wide_config.h"
 
 namespace nmkern::cuda {
 
@@ -15,6 +15,17 @@ constexpr int64_t kWideLeastReduction = 512;
 constexpr int64_t kWideBlockClocks = 4000;
 constexpr int64_t kBatchRows = 128;
 static_assert(kBatchRows <= kChunkRows, "the least part takes no index");
+
+// Whether y, out_gain and bias take four outputs at a time; what does not is finish.h's to write. Both in one
+// kernel were 12,000 instructions for each of 36, and a minute of the compiler's time.
+inline bool in_fours(const Finish& f) {
+  const auto aligned = [](const void* data, uintptr_t bytes) {
+    return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+  };
+  return f.y.data && f.y.col_stride == 1 && f.y.row_stride % 4 == 0 && f.outputs % 4 == 0 &&
+         f.skip % 4 == 0 && aligned(f.y.data, f.y.dtype == Dtype::float32 ? 16 : 8) &&
+         aligned(f.out_gain.data, 16) && aligned(f.bias.data, 16);
+}
 
 struct WidePlan {
   WideProduct product;

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/matrix.h"
+
 [[noreturn]] void fail(const std::string& what) {
   std::printf("%s\n", what.c_str());
   std::exit(1);
@@ -29,5 +31,21 @@ struct Allocator {
 };
 template <class T>
 using Buffer = std::vector<T, Allocator<T>>;
+
+inline float read(const nmkern::Matrix& a, int64_t row, int64_t col) {
+  const int64_t at = row * a.row_stride + col * a.col_stride;
+  if (a.dtype == nmkern::Dtype::float32) return static_cast<const float*>(a.data)[at];
+  const uint16_t bits = static_cast<const uint16_t*>(a.data)[at];
+  return a.dtype == nmkern::Dtype::bfloat16 ? nmkern::from_bfloat16(bits) : nmkern::from_float16(bits);
+}
+
+inline void write(const nmkern::Matrix& a, int64_t row, int64_t col, float value) {
+  const int64_t at = row * a.row_stride + col * a.col_stride;
+  if (a.dtype == nmkern::Dtype::float32)
+    static_cast<float*>(a.data)[at] = value;
+  else
+    static_cast<uint16_t*>(a.data)[at] =
+        a.dtype == nmkern::Dtype::bfloat16 ? nmkern::to_bfloat16(value) : nmkern::to_float16(value);
+}
 
 }  // namespace

@@ -23,7 +23,11 @@ from ptx import emulator
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILT = ROOT / "build/device"
-KERNELS = {"dense": ("pack", "skinny", "wide", "finish"), "sparse": ("sparse",), "flynet": ("flynet",)}
+KERNELS = {
+    "dense": ("pack", "skinny", "wide", "finish", "gradient"),
+    "sparse": ("sparse",),
+    "flynet": ("flynet",),
+}
 CASES = {"dense": 355, "sparse": 40, "flynet": 13}
 LARGE = ("skinny", "wide")
 FLAGS = ["-std=c++20", "-O3", "-fmad=false"]

@@ -1,5 +1,5 @@
 // The cases of a product's second stage, on partial sums that are given, and their reference: in the order that
-// finish.h and gradient.h promise, so that floats which no order sums exactly must agree bit for bit. See
+// finish.h and gradient.cu promise, so that floats which no order sums exactly must agree bit for bit. See
 // dense_device.cpp.
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/gradient.h"
+#include "../../csrc/cuda/finish.h"
 #include "buffers.h"
 
 namespace {
@@ -48,7 +48,7 @@ void check_finish(const FinishCase& c, std::mt19937& random, const Execute& exec
   Buffer<float> other(c.batch * c.outputs * 2), y(c.batch * c.outputs * 2, 7.0f);
   f.other = {other.data(), c.dtype, c.outputs * 2, 2};
   for (int64_t m = 0; m < c.batch; ++m)
-    for (int64_t n = 0; n < c.outputs; ++n) write_element(f.other, m, n, any());
+    for (int64_t n = 0; n < c.outputs; ++n) write(f.other, m, n, any());
   const std::vector<float> before(y.begin(), y.end());
   if (c.product) f.y = {y.data(), c.dtype, c.outputs * 2, 2};
 
@@ -104,14 +104,14 @@ void check_finish(const FinishCase& c, std::mt19937& random, const Execute& exec
       float z = 0;
       for (int64_t s = 0; s < c.splits; ++s) z += given[(s * c.batch + m) * f.partial_stride + c.skip + n];
       z *= f.factor;
-      product[m] = read_element(f.other, m, n) * z;
+      product[m] = read(f.other, m, n) * z;
       if (c.gain_rows) {
         const int64_t last = c.gain_rows - 1, row = f.context ? context[m] : m;
         const int64_t at = (row < 0 ? 0 : row > last ? last : row) * c.outputs + n;
         z *= gain[at];
         if (bias.size()) z += bias[at];
       }
-      if (c.product) write_element(want_y, m, n, z);
+      if (c.product) write(want_y, m, n, z);
     }
     if (c.grad_rows == 0) continue;
     if (c.grad_rows > 1 && !f.context) {

@@ -1,5 +1,4 @@
-// The cases of the fused FlyNet and their reference, for a host (flynet_block.cpp) and for a GPU
-// (flynet_device.cpp): both run all of them and compare outputs.
+// The cases of the fused FlyNet and their reference: see flynet_device.cpp.
 //
 // With integers, a power of two of units and powers of two for factors every sum is exact, in whatever order,
 // and outputs are compared bit for bit; floats are compared with a bound on what rounding may do.
@@ -150,9 +149,10 @@ void check_flynet(const FlyCase& c, std::mt19937_64& random, const Execute& exec
     }
 }
 
-// Runs every case, forward and backward; of `many` rows blocks take several groups. The number of cases.
+// Runs every case, forward and backward. The number of cases.
 template <class Execute>
-int64_t check_flynet_cases(const Execute& execute, int64_t many) {
+int64_t check_flynet_cases(const Execute& execute) {
+  constexpr int64_t kMany = 2240;  // rows, of which blocks take several groups in order
   constexpr Family kUniform = Family::uniform;
   const FlyCase cases[] = {
       {kUniform, 40, 128, 10, 7, 37},
@@ -164,9 +164,9 @@ int64_t check_flynet_cases(const Execute& execute, int64_t many) {
       {Family::normal, 20, 32, 1, 9, 1, Gains::one, Dtype::float32, 1, 2, 3, 1, 3},
       {kUniform, 40, 700, 10, 7, 20, Gains::one, Dtype::float32, 0, 0, 0, 1, 5, false},
       {Family::normal, 61, 300, 30, 11, 33, Gains::bank, Dtype::bfloat16, 0, 0, 0, 0, 0, false},
-      {kUniform, 6, 1024, 3, 2, many, Gains::bank},  // blocks that take groups in order
-      {kUniform, 6, 1024, 3, 2, many},
-      {kUniform, 6, 64, 3, 2, many, Gains::each},
+      {kUniform, 6, 1024, 3, 2, kMany, Gains::bank},
+      {kUniform, 6, 1024, 3, 2, kMany},
+      {kUniform, 6, 64, 3, 2, kMany, Gains::each},
       {kUniform, 300, 16, 10, 3, 9, Gains::each, Dtype::float32, 0, 0, 0, 0, 0, true, true},
   };
   std::mt19937_64 random(1);

@@ -1,9 +1,12 @@
-// What the host decides for the dense CUDA kernels: how often reductions are split, how blocks fill a GPU; and
-// the hash in the parts that kernels compute it in.
+// What the host decides for the CUDA kernels: how often reductions are split, how blocks fill a GPU, what
+// there is no room for; where shared memory's banks are met; and the hash in the parts that kernels compute
+// it in.
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <set>
 
+#include "../../csrc/cuda/flynet_plan.h"
 #include "../../csrc/cuda/wide_plan.h"
 #include "skinny_cases.h"
 
@@ -63,6 +66,63 @@ void check_wide_tiles() {
   if (blocks < 66) fail("a large x leaves " + std::to_string(blocks) + " blocks");
 }
 
+// What no sparse kernel has room for is told.
+void check_sparse_limits() {
+  Sparse call{};
+  call.rows = call.population = call.cols = int64_t{1} << 20;
+  call.fan_in = 7;
+  call.batch = 4;
+  for (bool transposed : {false, true}) {
+    call.transposed = transposed;
+    if (scratch_of(call, 227 << 10) != -1) fail("there is room for everything");
+  }
+}
+
+// How many bank groups of 16 bytes, of 8, the lanes that one load serves have in common at most, on average.
+template <class T>
+double conflicts(std::mt19937& random) {
+  constexpr int kTurns = 20000;
+  int64_t sum = 0;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    int taken[8] = {}, most = 0;
+    for (int unit = 0; unit < 8 / T::kChunks; ++unit) {
+      const uint32_t column = random() % 784;
+      for (uint32_t chunk = 0; chunk < T::kChunks; ++chunk)
+        most = std::max(most, ++taken[(T::offset(column) ^ chunk * 16) / 16 % 8]);
+    }
+    sum += most;
+  }
+  return double(sum) / kTurns;
+}
+
+void check_banks() {
+  std::mt19937 random(3);
+  if (conflicts<Tile<32>>(random) != 1) fail("a tile of 32 rows is not read without conflicts");
+  if (std::abs(conflicts<Tile<16>>(random) - 1.5) > 0.02) fail("16 rows: 1.5 is expected");
+  if (std::abs(conflicts<Tile<8>>(random) - 2.125) > 0.03) fail("8 rows: 2.125 is expected");
+  // Stores of stage_tile: 4 rows of 8 groups of 4 columns, the same column of each group.
+  for (uint32_t i = 0; i < kEach; ++i)
+    for (uint32_t chunk = 0; chunk < 8; ++chunk) {
+      std::set<uint32_t> banks;
+      for (uint32_t lane = 0; lane < kLanes; ++lane)
+        banks.insert(((Tile<32>::offset(lane % 8 * kEach + i) ^ chunk * 16) / 4 + lane / 8) % 32);
+      if (banks.size() != 32) fail("a tile of 32 rows is not stored without conflicts");
+    }
+}
+
+void check_flynet() {
+  FlyNet net{};
+  net.inputs = 784, net.hidden = 7840, net.classes = 10, net.fan_in = 7, net.batch = 128;
+  if (scratch_of(net, 99 << 10) < 0) fail("there is no room for the paper's network");
+  if (plan_of(net).splits != 16) fail("the paper's network is not split in 16");
+  net.batch = 4096;
+  if (plan_of(net).splits != 1 || plan_of(net).block_groups != 16) fail("many rows do not fill the device");
+  net.gain_grad.rows = 1;
+  if (plan_of(net).splits != 8) fail("rows are not split in 8");
+  net.inputs = 5000;
+  if (scratch_of(net, 227 << 10) != -1) fail("there is room for everything");
+}
+
 }  // namespace
 
 int main() {
@@ -70,5 +130,8 @@ int main() {
   check_splits();
   check_rounds();
   check_wide_tiles();
+  check_sparse_limits();
+  check_banks();
+  check_flynet();
   std::puts("passed");
 }

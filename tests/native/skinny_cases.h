@@ -26,20 +26,6 @@ int code_at(const Dense& call, int64_t row, int64_t col) {
   return decode(call.family, word >> (col % columns * bits) & ((1u << bits) - 1));
 }
 
-// An integer that the dtype holds exactly.
-void store_exact(void* data, Dtype dtype, int64_t at, float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (dtype == Dtype::float32) {
-    static_cast<float*>(data)[at] = value;
-  } else if (dtype == Dtype::bfloat16) {
-    static_cast<uint16_t*>(data)[at] = uint16_t(bits >> 16);
-  } else {  // float16: bias 15 for 127, 10 bits of 23
-    const int exponent = int(bits >> 23 & 0xFF) - 112;
-    const uint32_t magnitude = value == 0 ? 0 : uint32_t(exponent) << 10 | (bits >> 13 & 0x3FF);
-    static_cast<uint16_t*>(data)[at] = uint16_t(bits >> 16 & 0x8000) | uint16_t(magnitude);
-  }
-}
-
 enum class Grad { none, one, each, context };  // rows of gain_grad: one, one for each row, by context
 
 struct Case {
@@ -90,7 +76,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   for (int64_t m = 0; m < c.batch; ++m)
     for (int64_t k = 0; k < c.inputs; ++k) {
       const int64_t at = m * row_stride + k * c.stride;
-      store_exact(data, c.dtype, at, float(x[at]));
+      write({data, c.dtype, 0, 1}, 0, at, float(x[at]));
     }
 
   const int64_t contexts = c.contexts;
@@ -123,7 +109,7 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
     if (c.grad == Grad::context) call.context = context.data();
     for (size_t i = 0; i < other.size(); ++i) {
       other_value[i] = integer(2);
-      store_exact(other.data(), c.dtype, int64_t(i) * other_stride, float(other_value[i]));
+      write({other.data(), c.dtype, 0, 1}, 0, int64_t(i) * other_stride, float(other_value[i]));
     }
   }
   Buffer<float> y(c.batch * c.outputs, std::numeric_limits<float>::quiet_NaN());
@@ -204,7 +190,7 @@ void check_values(const Execute& execute, Family family, bool transposed, Inputs
                   int64_t batch, const Compare& compare) {
   const Buffer<float>& x = given.x;
   Buffer<uint32_t> elements(x.size());
-  for (size_t i = 0; i < x.size(); ++i) store_exact(elements.data(), given.dtype, int64_t(i), x[i]);
+  for (size_t i = 0; i < x.size(); ++i) write({elements.data(), given.dtype, 0, 1}, 0, int64_t(i), x[i]);
   Dense call{};
   call.family = family;
   call.key = {5, 7};

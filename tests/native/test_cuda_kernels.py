@@ -1,4 +1,4 @@
-"""The CUDA kernels' own code: compiled for the host, which needs no GPU, and on a GPU where there is one."""
+"""What the CUDA kernels share with the host, compiled for it; and the kernels, where there is a GPU."""
 
 import shutil
 import subprocess
@@ -30,18 +30,6 @@ def test_registers_hold_the_dense_vectors(tmp_path):
 
 def test_plans_keep_a_gpu_at_work(tmp_path):
     assert run_program(tmp_path, "plans") == (0, "passed\n")
-
-
-@pytest.mark.slow
-def test_blocks_of_the_sparse_projection_compute_it(tmp_path):
-    """To the bit: the order of the sums is promised. Whatever shared memory a block has."""
-    assert run_program(tmp_path, "sparse_block") == (0, "40 cases, 6 ways\n")
-
-
-@pytest.mark.slow
-def test_blocks_of_flynet_compute_it(tmp_path):
-    """Forward and adjoint, all families, kinds of gains, views, tails, NaN."""
-    assert run_program(tmp_path, "flynet_block") == (0, "13 cases\n")
 
 
 needs_gpu = (

@@ -218,7 +218,7 @@ def prepare_rows_kernel(
     """x * in_gain as ``product_kernel`` reads it, in parts of float16, of rows times a power of two.
 
     A row's largest is scaled to [2^14, 2^15). One part is off by at most 2^-11 of a value, two are by 2^-23,
-    or by 2^-39 of the row's largest; csrc/cuda/pack.h, which does the same, says why.
+    or by 2^-39 of the row's largest; csrc/cuda/pack.cu, which does the same, says why.
     """
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     row = m

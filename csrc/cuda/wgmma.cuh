@@ -1,24 +1,28 @@
 // Hopper's wgmma with A in registers and B in shared memory, as the PTX manual has it.
 //
-//   multiply(d, a, b, add):  D[64, n] (+)= A[64, 16] B[16, n], n = 8 * tiles; asynchronous: see wide_kernel.h
+//   wgmma(d, a, b, add):  D[64, n] (+)= A[64, 16] B[16, n], n = 8 * tiles; asynchronous: see wide.cu
 //
 // B is K-major without swizzle: core matrices of 8 columns x 16 bytes, 128 bytes each; in the reduction's
 // direction they lie kLeading bytes apart, along n kStride.
 #pragma once
 
 #include "../matrix.h"
-#include "../stream.h"
+#include "threads.cuh"
 
 namespace nmkern::cuda {
 
 constexpr uint32_t kLeading = 128, kStride = 256;
 
+NMKERN_DEVICE uint32_t shared_address(const void* shared) {
+  return uint32_t(__cvta_generic_to_shared(shared));
+}
+
 // The matrix descriptor of shared memory from `address` on, addresses and distances in units of 16 bytes:
 // bits 0-13 and 16-29, and in its upper half bits 32-45. A distance of d bytes is d / 16 more.
-NMKERN_HD constexpr uint32_t descriptor_low(uint32_t address) { return address >> 4 | kLeading >> 4 << 16; }
+NMKERN_DEVICE constexpr uint32_t descriptor_low(uint32_t address) {
+  return address >> 4 | kLeading >> 4 << 16;
+}
 constexpr uint32_t kDescriptorHigh = kStride >> 4;
-
-#if defined(__CUDACC__)
 
 #define NMKERN_TILE(d, i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 #define NMKERN_TILES_4(d, i) \
@@ -50,7 +54,7 @@ constexpr uint32_t kDescriptorHigh = kStride >> 4;
 
 // Whether to add to d, or to overwrite it.
 template <Dtype kOperand>
-__device__ __forceinline__ void multiply(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+NMKERN_DEVICE void wgmma(float (&d)[4][4], const uint32_t (&a)[4], uint32_t b, bool add) {
   if constexpr (kOperand == Dtype::float16)
     asm volatile(NMKERN_WGMMA_32("f16") : NMKERN_TILES_4(d, 0) : NMKERN_REST(a, b, add));
   else
@@ -58,7 +62,7 @@ __device__ __forceinline__ void multiply(float (&d)[4][4], const uint32_t (&a)[4
 }
 
 template <Dtype kOperand>
-__device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+NMKERN_DEVICE void wgmma(float (&d)[8][4], const uint32_t (&a)[4], uint32_t b, bool add) {
   if constexpr (kOperand == Dtype::float16)
     asm volatile(NMKERN_WGMMA_64("f16") : NMKERN_TILES_8(d, 0) : NMKERN_REST(a, b, add));
   else
@@ -66,7 +70,7 @@ __device__ __forceinline__ void multiply(float (&d)[8][4], const uint32_t (&a)[4
 }
 
 template <Dtype kOperand>
-__device__ __forceinline__ void multiply(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b, bool add) {
+NMKERN_DEVICE void wgmma(float (&d)[16][4], const uint32_t (&a)[4], uint32_t b, bool add) {
   if constexpr (kOperand == Dtype::float16)
     asm volatile(NMKERN_WGMMA_128("f16")
                  : NMKERN_TILES_8(d, 0), NMKERN_TILES_8(d, 8)
@@ -87,14 +91,12 @@ __device__ __forceinline__ void multiply(float (&d)[16][4], const uint32_t (&a)[
 #undef NMKERN_WGMMA_128
 
 // Orders the registers that wgmma takes after what wrote them.
-__device__ __forceinline__ void begin_group() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+NMKERN_DEVICE void begin_group() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+NMKERN_DEVICE void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most `most` groups are at work.
 template <int most>
-__device__ __forceinline__ void wait_groups() {
+NMKERN_DEVICE void wait_groups() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(most) : "memory");
 }
-
-#endif
 
 }  // namespace nmkern::cuda

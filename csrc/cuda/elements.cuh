@@ -1,17 +1,12 @@
-// The arguments that kernels take by value, and how they read and write elements of any dtype.
+// How kernels read and write elements of any dtype, one or several at once.
 #pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "../matrix.h"
 #include "decode.h"
-#include "hash.h"
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define NMKERN_DEVICE __device__ __forceinline__
-#else
-#define NMKERN_DEVICE inline
-#endif
+#include "threads.cuh"
 
 namespace nmkern::cuda {
 
@@ -22,18 +17,9 @@ NMKERN_DEVICE int64_t bank_row(const Bank& bank, const int64_t* context, int64_t
   return row < 0 ? 0 : row < bank.rows ? row : bank.rows - 1;
 }
 
-NMKERN_DEVICE float bank_value(const Bank& bank, const int64_t* context, int64_t m, int64_t features,
-                               int64_t feature) {
-  return bank.data[bank_row(bank, context, m) * features + feature];
-}
-
 NMKERN_DEVICE float float_of_half(uint16_t bits, Dtype dtype) {
   if (dtype == Dtype::bfloat16) return float_of(uint32_t{bits} << 16);
-#if defined(__CUDACC__)
   return __half2float(__ushort_as_half(bits));
-#else
-  return from_float16(bits);
-#endif
 }
 
 NMKERN_DEVICE float read_element(const Matrix& a, int64_t row, int64_t col) {
@@ -43,24 +29,16 @@ NMKERN_DEVICE float read_element(const Matrix& a, int64_t row, int64_t col) {
 }
 
 NMKERN_DEVICE uint16_t half_of(float value, Dtype dtype) {
-  const bool half = dtype == Dtype::float16;
-#if defined(__CUDACC__)
-  return half ? __half_as_ushort(__float2half_rn(value)) : __bfloat16_as_ushort(__float2bfloat16_rn(value));
-#else
-  return half ? to_float16(value) : to_bfloat16(value);
-#endif
+  return dtype == Dtype::float16 ? __half_as_ushort(__float2half_rn(value))
+                                 : __bfloat16_as_ushort(__float2bfloat16_rn(value));
 }
 
 // Two of them, the first in the low half: an instruction for each dtype, and a choice.
 NMKERN_DEVICE uint32_t halves_of(float first, float second, Dtype dtype) {
-#if defined(__CUDACC__)
   const __half2 half = __floats2half2_rn(first, second);
   const __nv_bfloat162 bfloat = __floats2bfloat162_rn(first, second);
   return dtype == Dtype::float16 ? reinterpret_cast<const uint32_t&>(half)
                                  : reinterpret_cast<const uint32_t&>(bfloat);
-#else
-  return half_of(first, dtype) | uint32_t{half_of(second, dtype)} << 16;
-#endif
 }
 
 NMKERN_DEVICE void write_element(const Matrix& a, int64_t row, int64_t col, float value) {
@@ -70,6 +48,41 @@ NMKERN_DEVICE void write_element(const Matrix& a, int64_t row, int64_t col, floa
     return;
   }
   static_cast<uint16_t*>(a.data)[at] = half_of(value, a.dtype);
+}
+
+// 4 * pieces consecutive elements of 16 bits.
+template <int pieces>
+NMKERN_DEVICE void load_elements(const uint16_t* x, uint32_t (&element)[pieces][2]) {
+  if constexpr (pieces % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < pieces; i += 2) {
+      const uint4 v = reinterpret_cast<const uint4*>(x)[i / 2];
+      element[i][0] = v.x, element[i][1] = v.y, element[i + 1][0] = v.z, element[i + 1][1] = v.w;
+    }
+  } else {
+    static_assert(pieces == 1);
+    const uint2 v = *reinterpret_cast<const uint2*>(x);
+    element[0][0] = v.x, element[0][1] = v.y;
+  }
+}
+
+template <int count>
+NMKERN_DEVICE void load_floats(const float* from, float (&value)[count]) {
+  static_assert(count % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const float4 v = *reinterpret_cast<const float4*>(from + i);
+    value[i] = v.x, value[i + 1] = v.y, value[i + 2] = v.z, value[i + 3] = v.w;
+  }
+}
+
+// To global memory, said so: of a plain assignment the compiler makes four stores of 4 bytes, which write a
+// quarter of what each of them touches.
+NMKERN_DEVICE void store_four(float* to, float a, float b, float c, float d) {
+  __stcg(reinterpret_cast<float4*>(to), make_float4(a, b, c, d));
+}
+NMKERN_DEVICE void store_four(uint16_t* to, uint32_t first, uint32_t second) {
+  __stcg(reinterpret_cast<uint2*>(to), make_uint2(first, second));
 }
 
 }  // namespace nmkern::cuda
