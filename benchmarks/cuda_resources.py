@@ -23,12 +23,13 @@ _OPERANDS = {"1": "bfloat16", "2": "float16"}
 _PRODUCT = re.compile(
     r"(skinny|wide)_kernelI(?:NS\d?_\d+ConfigI)?LNS_6FamilyE(\d+)ELb([01])ELi(\d+)ELNS_5DtypeE(\d)ELi(\d)E"
 )
+_FIXED = re.compile(r"fixed_kernelINS\d?_\d+FixedConfigILNS_6FamilyE(\d+)ELb([01])ELi(\d)E")
 _GRADIENT = re.compile(r"(gradient|gather)_kernelILNS\d?_8GradientE(\d)E")
 # Logic, shifts, byte permutes, additions, comparisons; a multiply-add (IMAD) is another unit's.
 _INTEGER = re.compile(r"(LOP3|SHF|PRMT|V?IADD3?|ISETP|SEL|LEA|MOV|SGXT|BMSK|VIMNMX|PLOP3)\b")
 _BANKS = ("of one row", "of each row", "by context")
-# A lane holds 8 weights of an mma.sync m16n8k16, and of a wgmma m64nNk16 too.
-_WEIGHTS = 8
+# That a lane holds of an mma.sync m16n8k16, of a wgmma m64nNk16 too, and of an m16n8k32.
+_WEIGHTS = {"HMMA": 8, "HGMMA": 8, "IMMA": 16}
 
 
 class Kernel(NamedTuple):
@@ -92,6 +93,12 @@ def measure(arch: str) -> dict[str, dict[str, float]]:
                 row["hazards"] = len(hazards(loop))
             multiplies = int(parts) * (int(tiles) if kernel == "skinny" else 1)
             row |= _per_weight(_main_loop(body), multiplies)
+        elif match := _FIXED.search(name):
+            family, transposed, tiles = match.groups()
+            way = "transposed" if transposed == "1" else "forward"
+            label = f"{_FAMILIES[family]} {way} {tiles} tiles, integers"
+            row["shared_bytes"] = _shared()[match.groups()]
+            row |= _per_weight(_main_loop(body), int(tiles))
         elif match := re.search(r"\d(finish_kernelILi(\d)E|index_kernel)", name):
             label = "finish, index of contexts" if match[2] is None else "finish"
             label += ", 8 rows a thread" * (match[2] == "8")
@@ -124,7 +131,7 @@ def _loads_at_once(body: str) -> int:
 
 def _main_loop(body: str) -> list[str]:
     """The shortest loop that multiplies."""
-    return min((loop for loop in loops(body) if any("HGMMA" in i or "HMMA" in i for i in loop)), key=len)
+    return min((loop for loop in loops(body) if any("MMA." in i for i in loop)), key=len)
 
 
 def _from_registers(loop: list[str]) -> int:
@@ -174,7 +181,7 @@ def _shared() -> dict[tuple[str, ...], int]:
         ("skinny", "Config"): {("1", "2", "4", "8"): as_it_is, ("1", "2", "4"): [("2", "2")]},
         ("wide", "WideConfig"): {("4", "8", "16"): as_it_is, ("4", "8"): [("2", "2")]},
     }
-    kernels = {
+    kernels: dict[tuple[str, ...], str] = {
         (kernel, family, way, n, operand, parts): (
             f"{config}<nmkern::Family({family}), {way}, {n}, nmkern::Dtype({operand}), {parts}>"
         )
@@ -185,12 +192,18 @@ def _shared() -> dict[tuple[str, ...], int]:
         for n in rows
         for operand, parts in forms
     }
+    kernels |= {
+        (family, way, tiles): f"FixedConfig<nmkern::Family({family}), {way}, {tiles}>"
+        for family in ("257", "258")
+        for way in "01"
+        for tiles in "1234"
+    }
     prints = "".join(f'std::printf("%d\\n", {config}::kSharedBytes);\n' for config in kernels.values())
     source = f"#include <cstdio>\nusing namespace nmkern::cuda;\nint main() {{\n{prints}}}\n"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "shared")
-        header = CSRC / "cuda/wide_config.h"
-        command = ["c++", "-std=c++20", "-w", "-include", header, "-x", "c++", "-", "-o", program]
+        headers = [f"-include{CSRC}/cuda/{name}_config.h" for name in ("fixed", "wide")]
+        command = ["c++", "-std=c++20", "-w", *headers, "-x", "c++", "-", "-o", program]
         subprocess.run(command, input=source, text=True, check=True)
         sizes = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
     return dict(zip(kernels, map(int, sizes), strict=True))
@@ -198,7 +211,7 @@ def _shared() -> dict[tuple[str, ...], int]:
 
 def _per_weight(loop: list[str], multiplies: int) -> dict[str, float]:
     """Instructions of the main loop over the weights a thread makes there, each used so often."""
-    weights = _WEIGHTS * sum(one.startswith(("HMMA", "HGMMA")) for one in loop) / multiplies
+    weights = sum(_WEIGHTS.get(one.partition(".")[0], 0) for one in loop) / multiplies
     names = [re.sub(_PREDICATE, "", one) for one in loop]
     integer = sum(_INTEGER.match(name) is not None for name in names)
     return {

@@ -39,6 +39,7 @@ class Extent:
     border: tuple[int, ...] = (8, 16, 32, 64)  # where the small-batch kernel should end
     large: tuple[int, ...] = (2048,)  # Triton's, where another backend comes first
     serial: tuple[int, ...] = (1, 16)  # with each kernel launched only after the one before
+    floats: tuple[int, ...] = (1, 8)  # with few rows multiplied as more are
     huge: int = 2**18
     huge_batches: tuple[int, ...] = (1, 16, 64)
     copied: int = 2**30  # bytes
@@ -55,6 +56,7 @@ QUICK = Extent(
         "border": (16, 32),
         "large": (),
         "serial": (),
+        "floats": (1,),
     },
     **{"huge_batches": (1,), "seconds": 0.2},
 )
@@ -71,12 +73,15 @@ def target(m: int, family: str, dtype: torch.dtype) -> float | None:
 
 @contextlib.contextmanager
 def forced(report: Report, backend: str, way: str | None = None) -> Iterator[None]:
-    """One backend; of cuda one kernel for any number of rows (mma.sync, wgmma), or no overlap (serial)."""
+    """One backend; of cuda one kernel for any number of rows (mma.sync, wgmma), no overlap (serial), or no
+    integers (floats).
+    """
     switch, on, off = {
         None: (lambda _: None, None, None),
         "mma.sync": (cuda.set_small_rows, 2**20, None),
         "wgmma": (cuda.set_small_rows, 0, None),
         "serial": (cuda.set_overlap, False, True),
+        "floats": (cuda.set_fixed_point, False, True),
     }[way]
     with use_backend(backend):
         report.by = f"{backend} ({way})" if way else backend
@@ -166,6 +171,7 @@ def rows(report: Report, extent: Extent) -> Iterator[Row]:
         yield from by(report, "triton", dense(small, (*extent.border, *extent.large)))
         for kernel in ("mma.sync", "wgmma") if hopper else ("mma.sync",):
             yield from by(report, "cuda", dense(small, extent.border), kernel)
+        yield from by(report, "cuda", dense(small, extent.floats), "floats")
         if hopper:  # elsewhere kernels never overlap
             yield from by(report, "cuda", dense(small, extent.serial), "serial")
     for grad in (False, True):

@@ -234,4 +234,5 @@ NMKERN_EXPORT const char* nmkern_cuda_kernels(int device, int64_t* small_rows, i
   return error ? nmkern::cuda::error_text(error) : nullptr;
 }
 NMKERN_EXPORT void nmkern_cuda_set_overlap(bool allowed) { nmkern::cuda::set_overlap(allowed); }
+NMKERN_EXPORT void nmkern_cuda_set_fixed_point(bool allowed) { nmkern::cuda::set_fixed_point(allowed); }
 NMKERN_EXPORT void nmkern_cuda_set_small_rows(int64_t rows) { nmkern::cuda::set_small_rows(rows); }

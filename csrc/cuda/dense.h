@@ -37,8 +37,8 @@ struct Dense {
   int64_t outputs() const { return transposed ? cols : rows; }
 };
 
-// Two kernels compute it: skinny for small batches, on every GPU since sm_80, and wide for large ones, on
-// sm_90a.
+// Kernels for small batches compute it on every GPU since sm_80 (skinny.cu, and for the smallest fixed.cu),
+// and one for large batches on sm_90a (wide.cu).
 
 // Scratch that the call needs, in bytes: at most most_scratch, or where that is more half of it and what all
 // rows (skinny), or 128 of them (wide), take: two float16 for each element of x, a float for each row and for

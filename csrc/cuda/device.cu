@@ -1,9 +1,9 @@
 // CUDA's runtime asked about devices; device.h says what and why.
-#include "device.h"
-
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+
+#include "device.h"
 
 namespace nmkern::cuda {
 namespace {
@@ -13,7 +13,7 @@ constexpr int kDevices = 64;
 std::atomic<int64_t> known_kernels[kDevices], known_multiprocessors[kDevices], known_shared[kDevices],
     known_overlap[kDevices];
 std::atomic<int64_t> forced{-1};
-std::atomic<bool> overlap_allowed{true};
+std::atomic<bool> overlap_allowed{true}, fixed_allowed{true};
 
 // What ask(&answer) tells of a device, kept.
 template <class Ask>
@@ -47,6 +47,9 @@ const char* built_archs() { return NMKERN_CUDA_ARCHS; }
 void set_small_rows(int64_t rows) { forced = rows; }
 
 void set_overlap(bool allowed) { overlap_allowed = allowed; }
+
+void set_fixed_point(bool allowed) { fixed_allowed = allowed; }
+bool fixed_point_allowed() { return fixed_allowed.load(std::memory_order_relaxed); }
 
 int kernels_of(int device, Kernels* kernels) {
   int64_t packed = 0;

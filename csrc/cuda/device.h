@@ -47,12 +47,16 @@ int kernels_of(int device, Kernels* kernels);
 // The multiprocessors of the current device; a cudaError_t.
 int multiprocessors(int64_t* count);
 
-// Whether kernels may begin on the current device while the one before them ends: on Hopper (GPUs after it can
-// too, and have not been looked at); a cudaError_t.
+// Whether kernels may begin on the current device while the one before them ends: on Hopper (GPUs after it
+// can too, and have not been looked at); a cudaError_t.
 int overlaps(bool* overlap);
 
 // Whether they do so where they may. For tests and timings.
 void set_overlap(bool allowed);
+
+// Whether few rows are multiplied as integers (see fixed.cu). For tests and timings.
+void set_fixed_point(bool allowed);
+bool fixed_point_allowed();
 
 // Lets the small-batch kernel serve `rows`, 0 included, on every device that has code; -1: its own choice
 // again. For tests and timings.

@@ -66,6 +66,19 @@ NMKERN_DEVICE void load_elements(const uint16_t* x, uint32_t (&element)[pieces][
   }
 }
 
+// Words of shared memory, aligned to all of them.
+template <int count>
+NMKERN_DEVICE void load_words(const void* from, uint32_t (&word)[count]) {
+  static_assert(count == 2 || count == 4);
+  if constexpr (count == 4) {
+    const uint4 v = *static_cast<const uint4*>(from);
+    word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+  } else {
+    const uint2 v = *static_cast<const uint2*>(from);
+    word[0] = v.x, word[1] = v.y;
+  }
+}
+
 template <int count>
 NMKERN_DEVICE void load_floats(const float* from, float (&value)[count]) {
   static_assert(count % 4 == 0);
@@ -81,8 +94,15 @@ NMKERN_DEVICE void load_floats(const float* from, float (&value)[count]) {
 NMKERN_DEVICE void store_four(float* to, float a, float b, float c, float d) {
   __stcg(reinterpret_cast<float4*>(to), make_float4(a, b, c, d));
 }
-NMKERN_DEVICE void store_four(uint16_t* to, uint32_t first, uint32_t second) {
-  __stcg(reinterpret_cast<uint2*>(to), make_uint2(first, second));
+// Of a matrix whose columns are neighbours, from an aligned place on.
+NMKERN_DEVICE void store_four(const Matrix& a, int64_t row, int64_t col, const float (&v)[4]) {
+  const int64_t at = row * a.row_stride + col;
+  if (a.dtype == Dtype::float32) {
+    store_four(static_cast<float*>(a.data) + at, v[0], v[1], v[2], v[3]);
+  } else {
+    const uint2 bits = make_uint2(halves_of(v[0], v[1], a.dtype), halves_of(v[2], v[3], a.dtype));
+    __stcg(reinterpret_cast<uint2*>(static_cast<uint16_t*>(a.data) + at), bits);
+  }
 }
 
 }  // namespace nmkern::cuda

@@ -9,7 +9,7 @@
 // upward; for the order of a gradient's sums, see gradient.cu.
 #pragma once
 
-#include "../matrix.h"
+#include "dense.h"
 #include "fragment.h"
 
 namespace nmkern::cuda {
@@ -30,6 +30,23 @@ struct Finish {
   bool add;              // to a gain_grad of one row, instead of overwriting it
   unsigned char* index;  // of index_bytes
 };
+
+inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64_t skip) {
+  Finish f{};
+  f.splits = splits;
+  f.partial_stride = stride;
+  f.skip = skip;
+  f.batch = call.batch;
+  f.outputs = call.outputs();
+  f.factor = call.factor;
+  f.out_gain = call.out_gain;
+  f.bias = call.bias;
+  f.context = call.context;
+  f.y = call.y;
+  f.other = call.other;
+  f.gain_grad = call.gain_grad;
+  return f;
+}
 
 // Rows that a thread takes there: one where splits keep loads in flight enough, or where eight a thread would
 // leave multiprocessors of an H100 idle (132 of 768 threads).

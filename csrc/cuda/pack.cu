@@ -3,7 +3,7 @@
 // Invariant: values are rounded as pack_row_kernel says, nowhere else.
 #include "elements.cuh"
 #include "enqueue.h"
-#include "pack_plan.h"
+#include "input.cuh"
 
 namespace nmkern::cuda {
 namespace {
@@ -28,34 +28,6 @@ __global__ void __launch_bounds__(kPackThreads) pack_copy_kernel(const Pack p) {
   store_packed(p.to + m * p.row_stride + first, pair);
 }
 
-// Elements first - skip and on of row m, times those of `gain`; zeros outside of it.
-NMKERN_DEVICE void packed_values(const Pack& p, int64_t m, const float* gain, int64_t first,
-                                 float (&v)[kPacked]) {
-  if (p.vectors && first + kPacked <= p.reduction) {
-    float factor[kPacked] = {1, 1, 1, 1, 1, 1, 1, 1};
-    if (gain) load_floats(gain + first, factor);  // in flight before x is waited for
-    if (p.x.dtype == Dtype::float32) {
-      load_floats(static_cast<const float*>(p.x.data) + m * p.x.row_stride + first, v);
-    } else {
-      uint32_t pair[kPacked / 4][2];
-      load_elements(static_cast<const uint16_t*>(p.x.data) + m * p.x.row_stride + first, pair);
-#pragma unroll
-      for (int i = 0; i < kPacked; ++i)
-        v[i] = float_of_half(uint16_t(pair[i / 4][i / 2 % 2] >> (i % 2 * 16)), p.x.dtype);
-    }
-#pragma unroll
-    for (int i = 0; i < kPacked; ++i) v[i] = __fmul_rn(v[i], factor[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPacked; ++i) {
-      const int64_t k = first + i - p.skip;
-      const bool inside = k >= 0 && k < p.reduction;
-      v[i] = inside ? read_element(p.x, m, k) : 0.0f;
-      if (inside && gain) v[i] = __fmul_rn(v[i], gain[k]);
-    }
-  }
-}
-
 // A row of float32 as one or two float16 and a power of two: v = (first + second) * row_scale, but for what
 // is rounded: at most 2^-11 of v by one, 2^-23 by two, or 2^-39 of the row's largest, which is scaled to
 // [2^14, 2^15). float16 has 11 bits, and rounding to nearest leaves a signed rest of half its last place, so
@@ -78,7 +50,7 @@ __global__ void __launch_bounds__(kPackThreads, 1) pack_row_kernel(const Pack p)
   uint32_t most = 0;  // magnitudes are ordered as their bits are; where one is not finite, no result is
   for (int64_t first = thread_id() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
     float v[kPacked];
-    packed_values(p, m, gain, first, v);
+    input_values(p, m, gain, first, v);
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) {
       const uint32_t magnitude = bits_of(v[i]) & 0x7FFFFFFF;
@@ -94,7 +66,7 @@ __global__ void __launch_bounds__(kPackThreads, 1) pack_row_kernel(const Pack p)
   if (thread_id() == 0) p.row_scale[m] = float_of((2 * 127 - exponent) << 23);
   for (int64_t first = thread_id() * kPacked; first < p.row_stride; first += kPackThreads * kPacked) {
     float v[kPacked];
-    packed_values(p, m, gain, first, v);
+    input_values(p, m, gain, first, v);
     uint32_t pair[2][kPacked / 2] = {};
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) {

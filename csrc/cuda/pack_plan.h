@@ -25,19 +25,23 @@ struct Operand {
   int64_t batch, reduction;  // M; elements of a row, a multiple of a patch's
 };
 
-// x as whole, aligned patches, where it is not that already.
-struct Pack {
+// A call's x and what it is multiplied by, from the first element of its first patch on.
+struct Input {
   Matrix x;
   Bank in_gain;
   const int64_t* context;
   int64_t batch, reduction;  // M, K
   int64_t skip;              // elements of the first patch before x: zeros, as what follows it
   bool vectors;              // whether rows of x and in_gain can be read kPacked elements at a time
-  int parts;                 // that elements become
-  bool scaled;               // whether rows are: float16 of x times in_gain, or of float32; else x as it is
-  uint16_t* to;              // [parts, M, row_stride]
-  int64_t row_stride;        // a multiple of kPacked
-  float* row_scale;          // [M], where they are
+};
+
+// x as whole, aligned patches, where it is not that already.
+struct Pack : Input {
+  int parts;           // that elements become
+  bool scaled;         // whether rows are: float16 of x times in_gain, or of float32; else x as it is
+  uint16_t* to;        // [parts, M, row_stride]
+  int64_t row_stride;  // a multiple of kPacked
+  float* row_scale;    // [M], where they are
   NMKERN_HD int64_t count() const { return batch * (row_stride / kPacked); }
 };
 
@@ -73,6 +77,11 @@ inline bool in_vectors(const Dense& call) {
           (call.inputs() % 4 == 0 && reinterpret_cast<uintptr_t>(call.in_gain.data) % 16 == 0));
 }
 
+// `skip`: elements of the reduction's first patch before x.
+inline Input input_of(const Dense& call, int64_t skip) {
+  return {call.x, call.in_gain, call.context, call.batch, call.inputs(), skip, in_vectors(call) && skip == 0};
+}
+
 struct Packing {
   Pack pack;
   bool packed;
@@ -83,8 +92,7 @@ struct Packing {
   int64_t bytes() const { return packed ? most_bytes() : 0; }
 };
 
-// `skip`: elements of the reduction's first patch, of `patch` elements, before x; a row that is packed has
-// whole steps of `step`.
+// `patch`: elements of a patch along the reduction; a row that is packed has whole steps of `step`.
 inline Packing packing_of(const Dense& call, int parts, int64_t skip, int patch, int64_t step) {
   const int64_t row_stride = ceil_div(skip + call.inputs(), step) * step;
   const bool scaled = !is_operand(call);
@@ -92,9 +100,7 @@ inline Packing packing_of(const Dense& call, int parts, int64_t skip, int patch,
   packing.packed = !is_aligned(call, skip, patch);
   packing.x_bytes = aligned_up(parts * call.batch * row_stride * 2);
   packing.row_scale_bytes = scaled ? aligned_up(4 * call.batch) : 0;
-  const bool vectors = in_vectors(call) && skip == 0;
-  packing.pack = {call.x,  call.in_gain, call.context, call.batch, call.inputs(), skip,
-                  vectors, parts,        scaled,       nullptr,    row_stride,    nullptr};
+  packing.pack = {input_of(call, skip), parts, scaled, nullptr, row_stride, nullptr};
   return packing;
 }
 

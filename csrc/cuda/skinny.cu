@@ -17,6 +17,8 @@
 // skinny_config.h says which kernels there are, skinny_plan.h which of them serves a call.
 #include "dense.h"
 #include "enqueue.h"
+#include "fixed_plan.h"
+#include "hash.cuh"
 #include "skinny_plan.h"
 #include "sums.cuh"
 #include "table.cuh"
@@ -115,12 +117,6 @@ NMKERN_DEVICE void load_b(const unsigned char* x, int first, uint32_t (&b)[count
       b[i][0] = v.x, b[i][1] = v.y;
     }
   }
-}
-
-// Left alone, nvcc computes them in the loop again: 2.09 instructions a weight for 1.98 (uniform, 8 rows).
-NMKERN_DEVICE void keep(RowPart& part) { asm volatile("" : "+r"(part.p2.high), "+r"(part.p2.low)); }
-NMKERN_DEVICE void keep(ColumnPart& part) {
-  asm volatile("" : "+r"(part.low1), "+r"(part.low2), "+r"(part.p3.high), "+r"(part.p3.low));
 }
 
 #define NMKERN_MMA(operand)                                             \
@@ -351,11 +347,13 @@ struct Scratch {
 }  // namespace
 
 int64_t skinny_scratch(const Dense& call) {
-  return call.batch == 0 || call.outputs() == 0 ? 0 : with_config(call, Scratch{call});
+  if (call.batch == 0 || call.outputs() == 0) return 0;
+  return is_fixed(call) ? fixed_scratch(call) : with_config(call, Scratch{call});
 }
 
 int skinny_product(const Dense& call, void* scratch, void* stream) {
   if (call.batch == 0 || call.outputs() == 0) return cudaSuccess;
+  if (is_fixed(call)) return fixed_product(call, scratch, stream);
   return with_config(call, Launch{call, scratch, static_cast<cudaStream_t>(stream)});
 }
 

@@ -35,23 +35,6 @@ inline void place(Plan& plan, const Dense& call, void* scratch) {
   plan.finish.index = at + plan.partial_bytes;
 }
 
-inline Finish finish_of(const Dense& call, int64_t splits, int64_t stride, int64_t skip) {
-  Finish f{};
-  f.splits = splits;
-  f.partial_stride = stride;
-  f.skip = skip;
-  f.batch = call.batch;
-  f.outputs = call.outputs();
-  f.factor = call.factor;
-  f.out_gain = call.out_gain;
-  f.bias = call.bias;
-  f.context = call.context;
-  f.y = call.y;
-  f.other = call.other;
-  f.gain_grad = call.gain_grad;
-  return f;
-}
-
 template <class C>
 Plan plan_of(const Dense& call) {
   using Patch = typename C::Patch;
@@ -100,7 +83,8 @@ Plan plan_of(const Dense& call) {
 template <class Use>
 auto with_config(const Dense& call, const Use& use) {
   return with_operands(call, [&]<Family family, bool transposed, Dtype operand, int parts>() {
-    if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, operand, parts>>();
+    if constexpr (family == Family::normal)  // the others: see fixed_plan.h
+      if (call.batch <= 8) return use.template operator()<Config<family, transposed, 1, operand, parts>>();
     if (call.batch <= 16) return use.template operator()<Config<family, transposed, 2, operand, parts>>();
     if constexpr (parts == 1)
       if (call.batch > 32) return use.template operator()<Config<family, transposed, 8, operand, parts>>();

@@ -27,13 +27,7 @@ namespace {
 NMKERN_DEVICE void write_four(const Matrix& y, bool fours, int64_t row, int64_t col, int64_t cols,
                               const Four& value) {
   if (fours && col + kEach <= cols) {
-    const int64_t at = row * y.row_stride + col;
-    if (y.dtype == Dtype::float32) {
-      store_four(static_cast<float*>(y.data) + at, value.v[0], value.v[1], value.v[2], value.v[3]);
-    } else {
-      const auto half = [&](int i) { return uint32_t{half_of(value.v[i], y.dtype)}; };
-      store_four(static_cast<uint16_t*>(y.data) + at, half(0) | half(1) << 16, half(2) | half(3) << 16);
-    }
+    store_four(y, row, col, value.v);
     return;
   }
 #pragma unroll
@@ -119,8 +113,7 @@ __global__ void __launch_bounds__(kDrawThreads) prepare_kernel(const Prepare p) 
   __syncthreads();
 #pragma unroll
   for (int i = warp; i < kSquare; i += kDrawThreads / kLanes)
-    if (n0 + i < p.rows && m0 + lane < p.stride)
-      p.across[(n0 + i) * p.stride + m0 + lane] = shared[lane][i];
+    if (n0 + i < p.rows && m0 + lane < p.stride) p.across[(n0 + i) * p.stride + m0 + lane] = shared[lane][i];
 }
 
 // The set bits of a warp's kListWords words, in order; their number.

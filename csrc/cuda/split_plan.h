@@ -27,6 +27,9 @@ constexpr int64_t generating(Family family) {
   return family == Family::rademacher ? 6 : family == Family::uniform ? 9 : 17;
 }
 
+// The same as bytes (see fixed.cu).
+constexpr int64_t generating_bytes(Family family) { return family == Family::rademacher ? 3 : 5; }
+
 struct Reduction {
   int64_t steps;
   int64_t blocks, round_blocks;  // of one split; that are at work at once

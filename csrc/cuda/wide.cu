@@ -240,15 +240,6 @@ NMKERN_DEVICE auto& chain_of(Own& own, Sums& sums) {
     return sums;
 }
 
-NMKERN_DEVICE void store_outputs(const Matrix& y, int64_t m, int64_t n, const float (&v)[4]) {
-  const int64_t at = m * y.row_stride + n;
-  if (y.dtype == Dtype::float32)
-    store_four(static_cast<float*>(y.data) + at, v[0], v[1], v[2], v[3]);
-  else
-    store_four(static_cast<uint16_t*>(y.data) + at, halves_of(v[0], v[1], y.dtype),
-               halves_of(v[2], v[3], y.dtype));
-}
-
 // The four outputs of a lane from n on, for its rows of the batch, modulated.
 template <class C, class Sums>
 NMKERN_DEVICE void write_outputs(const WideProduct& p, int64_t batch_first, int64_t n, const Sums& sums) {
@@ -270,7 +261,7 @@ NMKERN_DEVICE void write_outputs(const WideProduct& p, int64_t batch_first, int6
       const float z = __fmul_rn(sums[0][i / 2][tile][i % 2 * 2 + e] * scale, f.factor);
       y[i] = __fadd_rn(__fmul_rn(z, gain[i]), bias[i]);
     }
-    store_outputs(f.y, m, n, y);
+    store_four(f.y, m, n, y);
   });
 }
 

@@ -1,9 +1,10 @@
 """The cuda backend: CUDA C++ kernels for dense layers, loaded when first needed.
 
 The library is built by setup.py where there is nvcc. Its operators choose a kernel by the batch, once its
-size is known, so that one graph of torch.compile serves every batch: mma.sync for small ones, wgmma for
-larger ones on Hopper, and elsewhere Triton's operators. The sparse projection and FlyNet are theirs at
-every batch, but for what has no room in a block's shared memory or in 64 MiB of scratch.
+size is known, so that one graph of torch.compile serves every batch: mma.sync for small ones (of integers
+for the smallest), wgmma for larger ones on Hopper, and elsewhere Triton's operators. The sparse projection
+and FlyNet are its own at every batch, but for what has no room in a block's shared memory or in 64 MiB of
+scratch.
 """
 
 import ctypes
@@ -56,6 +57,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.nmkern_cuda_set_small_rows.restype = None
     library.nmkern_cuda_set_overlap.argtypes = [ctypes.c_bool]
     library.nmkern_cuda_set_overlap.restype = None
+    library.nmkern_cuda_set_fixed_point.argtypes = [ctypes.c_bool]
+    library.nmkern_cuda_set_fixed_point.restype = None
     sizes, flag = [ctypes.c_int64] * 4, ctypes.c_bool
     library.nmkern_cuda_sparse_fits.argtypes = [ctypes.c_int, *sizes, flag, ctypes.POINTER(flag)]
     library.nmkern_cuda_sparse_fits.restype = ctypes.c_char_p
@@ -101,6 +104,14 @@ def set_overlap(allowed: bool) -> None:
     Holds for the whole process, from the next launch on.
     """
     _library().nmkern_cuda_set_overlap(allowed)
+
+
+def set_fixed_point(allowed: bool) -> None:
+    """Multiply few rows as integers, which is the choice, or as floats; for tests and measurements.
+
+    Holds for the whole process, from the next call on.
+    """
+    _library().nmkern_cuda_set_fixed_point(allowed)
 
 
 def refusal(family: str, dtype: torch.dtype, device: str) -> str | None:

@@ -31,6 +31,9 @@ class Library:
     def nmkern_cuda_set_small_rows(self, rows):
         self.forced = rows
 
+    def nmkern_cuda_set_fixed_point(self, allowed):
+        self.fixed_point = allowed
+
     def nmkern_cuda_set_overlap(self, allowed):
         self.overlap = allowed
 
@@ -161,11 +164,12 @@ def test_the_rows_can_be_set(machine):
         cuda.set_small_rows(-1)
 
 
-def test_overlap_can_be_switched_off(machine):
+def test_overlap_and_integers_can_be_switched_off(machine):
     library = machine(16)
     for allowed in (False, True):
         cuda.set_overlap(allowed)
-        assert library.overlap is allowed
+        cuda.set_fixed_point(allowed)
+        assert library.overlap is allowed and library.fixed_point is allowed
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(m
     monkeypatch.setattr(gpu_rows.cuda, "kernels", lambda: gpu_rows.cuda.Kernels(16, wide))
     monkeypatch.setattr(gpu_rows.cuda, "set_small_rows", ways.append)
     monkeypatch.setattr(gpu_rows.cuda, "set_overlap", ways.append)
+    monkeypatch.setattr(gpu_rows.cuda, "set_fixed_point", ways.append)
     report, seen = Report(None, HostClock()), []
 
     def see(what):
@@ -122,11 +123,12 @@ def test_both_backends_are_measured_around_the_border_and_with_sparse_matrices(m
     wanted = [(m, "triton") for m in (*border, 2048, 2048)]
     for way in ("mma.sync", *["wgmma"] * wide):
         wanted += [(m, f"cuda ({way})") for m in border]
+    wanted += [(m, "cuda (floats)") for m in (1, 1, 8, 8)]
     wanted += wide * [(m, "cuda (serial)") for m in (1, 1, 16, 16)]
     for name in ("triton", *wide * ["cuda (serial)"]):
         wanted += [(what, name) for what in ("projection", "projection", "flynet")]
     assert seen == wanted
-    assert ways == 8 * [2**20, None] + wide * (8 * [0, None] + 7 * [False, True])
+    assert ways == 8 * [2**20, None] + wide * 8 * [0, None] + (4 + wide * 7) * [False, True]
     assert selection.forced_backend() == before and report.by is None
 
 

@@ -1,13 +1,13 @@
 // Reads tests/vectors.txt and holds the CUDA kernels' hash and decode to every dense line of it: the patch of
 // the element goes into A's registers, both ways, and each register's two halves, as bfloat16 and as float16,
-// must be the codes, in their unit, of the elements that fragment.h says they are. Prints the number of
-// lines.
+// must be the codes, in their unit, of the elements that fragment.h says they are; and the sums of its bytes
+// and of the next patch's times integers, those of the fields. Prints the number of lines.
 #include <fstream>
 #include <iostream>
 #include <sstream>
 #include <string>
 
-#include "../../csrc/cuda/decode.h"
+#include "../../csrc/cuda/bytes.h"
 #include "../../csrc/cuda/hash.h"
 
 namespace {
@@ -64,6 +64,39 @@ int in_slices(const Words& words, int row, int field, int code) {
   return found;
 }
 
+template <Family family, bool transposed>
+bool sums_are_of_fields(uint32_t c0, uint32_t c1, Key key) {
+  using Bytes = PatchBytes<family, transposed>;
+  constexpr int kColumns = columns_per_word(family), kBits = 32 / kColumns;
+  const RoundKeys keys = round_keys(key, family);
+  Words words[Bytes::kPatches], bytes[Bytes::kPatches];
+  for (int i = 0; i < Bytes::kPatches; ++i) {
+    words[i] = patch(row_part(c1 + i * transposed, keys), column_part(c0 + i * !transposed, keys), keys);
+    bytes[i] = transposed ? transposed_bytes(words[i]) : words[i];
+  }
+  int q[Bytes::kSlots];
+  for (int slot = 0; slot < Bytes::kSlots; ++slot) q[slot] = (slot * 7919 + int(c0 & 1023)) % 2003 - 1001;
+  const auto sum = [&](int output, int set) {
+    int total = 0;
+    for (int reg = set * 2 * Bytes::kPairs; reg < (set + 1) * 2 * Bytes::kPairs; ++reg) {
+      const uint32_t a = Bytes::bytes(bytes, set, reg / 2 % Bytes::kPairs, reg % 2, output);
+      for (int i = 0; i < 4; ++i) total += int(a >> 8 * i & 0xFF) * Bytes::scaled(q, Bytes::slot(reg, i));
+    }
+    return total;
+  };
+  for (int output = 0; output < (transposed ? kColumns : kRowsPerPatch); ++output) {
+    int want = 0;
+    for (int slot = 0; slot < Bytes::kSlots; ++slot) {
+      const int per = Bytes::kSlots / Bytes::kPatches, at = slot % per;
+      const uint32_t word = words[slot / per].w[transposed ? at : output];
+      want += q[slot] * int(word >> (transposed ? output : at) * kBits & ((1u << kBits) - 1));
+    }
+    if (Bytes::field_sum(sum, output) != want << Bytes::kShift) return false;
+  }
+  return ByteCode<family>::kFactor * 1 - ByteCode<family>::kOffset == decode(family, 1) &&
+         -ByteCode<family>::kOffset == decode(family, 0);
+}
+
 template <Family family>
 bool check(uint64_t row, uint64_t col, uint32_t word, int code, Key key) {
   constexpr int kColumns = columns_per_word(family);
@@ -72,6 +105,10 @@ bool check(uint64_t row, uint64_t col, uint32_t word, int code, Key key) {
       patch(row_part(uint32_t(row / 4), keys), column_part(uint32_t(col / kColumns), keys), keys);
   const int r = int(row % 4), f = int(col % kColumns);
   if (words.w[r] != word) return false;
+  if constexpr (family != Family::normal)
+    if (!sums_are_of_fields<family, false>(uint32_t(col / kColumns), uint32_t(row / 4), key) ||
+        !sums_are_of_fields<family, true>(uint32_t(col / kColumns), uint32_t(row / 4), key))
+      return false;
   if (occurrences<PatchLayout<family, false>>(words, 0, r, f, code) != 1) return false;
   if (occurrences<PatchLayout<family, true>>(words, 0, r, f, code) != 1) return false;
   if constexpr (family == Family::rademacher)

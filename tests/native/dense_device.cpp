@@ -3,6 +3,7 @@
 // finish_cases.h, which promise an order. Prints the number of cases.
 #include <set>
 
+#include "../../csrc/cuda/fixed_plan.h"
 #include "../../csrc/cuda/wide_plan.h"
 #include "device_runs.h"
 #include "finish_cases.h"
@@ -18,6 +19,15 @@ struct Seen {
   int64_t indexed = 0;  // parts of several chunks, with a gradient by context
 
   template <class C>
+  void add_fixed(int64_t splits) {
+    using Patch = typename C::Patch;
+    char name[64];
+    std::snprintf(name, sizeof name, "fixed %x %d %d", unsigned(Patch::kFamily), Patch::kTransposed, C::kTiles);
+    kernels.insert(name);
+    most_splits = std::max(most_splits, splits);
+  }
+
+  template <class C>
   void add(const Dense& call, int64_t splits) {
     using Patch = typename C::Patch;
     char name[64];
@@ -30,7 +40,10 @@ struct Seen {
 };
 
 void see_skinny(const Dense& call, Seen& seen) {
-  with_config(call, [&]<class C>() { seen.add<C>(call, plan_of<C>(call).splits); });
+  if (is_fixed(call))
+    with_fixed_config(call, [&]<class C>() { seen.add_fixed<C>(fixed_plan_of<C>(call).splits); });
+  else
+    with_config(call, [&]<class C>() { seen.add<C>(call, plan_of<C>(call).splits); });
 }
 
 void see_wide(const Dense& call, Seen& seen) {
@@ -92,7 +105,7 @@ int main() {
   use_pinned_memory();
   int64_t cases = 0;
   for (const Kernel& kernel : {
-           Kernel{skinny_scratch, skinny_product, see_skinny, 66, 3},
+           Kernel{skinny_scratch, skinny_product, see_skinny, 70, 3},
 #if defined(NMKERN_WIDE)
            Kernel{wide_scratch, wide_product, see_wide, 48, 2},
 #endif

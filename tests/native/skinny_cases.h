@@ -151,13 +151,15 @@ void check(const Case& c, std::mt19937_64& random, const Execute& execute) {
   }
 }
 
-// One weight, +-1, and float32 that strains its parts: what is not finite, the largest, ever smaller ones.
+// One weight, +-1, and float32 that strains its parts: what is not finite, the largest, ever smaller ones. In
+// batches of so many rows: of less than nine, what is not finite may be any other such number, and first parts are
+// not rounded up (tensor cores may cut off a second part that is negative then).
 template <class Execute>
-void check_extremes(const Execute& execute) {
+void check_extremes(const Execute& execute, int64_t rows) {
   Buffer<float> x = {std::numeric_limits<float>::infinity(),
                      std::bit_cast<float>(0x7F800001u),
-                     std::numeric_limits<float>::max(),
-                     0x1.fffffep-100f,
+                     rows < 9 ? 0x1.ffep127f : std::numeric_limits<float>::max(),
+                     rows < 9 ? 0x1.ffep-100f : 0x1.fffffep-100f,
                      0x1p-112f,
                      0x1.234566p-120f,
                      0x1p-126f,
@@ -168,13 +170,20 @@ void check_extremes(const Execute& execute) {
   call.family = Family::rademacher;
   call.rows = call.cols = 1;
   call.factor = 1;
-  call.batch = int64_t(x.size());
-  call.x = {x.data(), Dtype::float32, 1, 1};
-  call.y = {y.data(), Dtype::float32, 1, 1};
-  execute(call);
+  for (int64_t first = 0; first < int64_t(x.size()); first += rows) {
+    call.batch = std::min(rows, int64_t(x.size()) - first);
+    call.x = {x.data() + first, Dtype::float32, 1, 1};
+    call.y = {y.data() + first, Dtype::float32, 1, 1};
+    execute(call);
+  }
   for (size_t m = 0; m < x.size(); ++m) {
     const float want = x[m] * float(code_at(call, 0, 0));
-    if (want == want ? y[m] != want : y[m] == y[m]) fail("a float32 of its own is not its own product");
+    const bool good = std::isfinite(want)               ? y[m] == want
+                      : rows < 9 || want != want ? !std::isfinite(y[m])
+                                                        : y[m] == want;
+    if (!good)
+      fail("a float32 of its own, of " + std::to_string(rows) + " rows: " + std::to_string(m) + " is " +
+           std::to_string(y[m]) + ", expected " + std::to_string(want));
   }
 }
 
@@ -184,7 +193,8 @@ struct Inputs {
   Buffer<float> x, in_gain;
 };
 
-// The product value by value, and that of its magnitudes: compare(y, exact, magnitude).
+// The product value by value, that of its magnitudes, and the largest of the row: compare(y, exact, magnitude,
+// largest).
 template <class Execute, class Compare>
 void check_values(const Execute& execute, Family family, bool transposed, Inputs& given, int64_t outputs,
                   int64_t batch, const Compare& compare) {
@@ -209,13 +219,14 @@ void check_values(const Execute& execute, Family family, bool transposed, Inputs
   for (int64_t n = 0; n < outputs; ++n) {
     for (int64_t k = 0; k < inputs; ++k) row[k] = transposed ? code_at(call, k, n) : code_at(call, n, k);
     for (int64_t m = 0; m < batch; ++m) {
-      double exact = 0, magnitude = 0;
+      double exact = 0, magnitude = 0, largest = 0;
       for (int64_t k = 0; k < inputs; ++k) {
         const double gain = given.in_gain.size() ? given.in_gain[k] : 1,
                      product = row[k] * x[m * inputs + k] * gain;
         exact += product, magnitude += std::abs(product);
+        largest = std::max(largest, std::abs(x[m * inputs + k] * gain));
       }
-      compare(double{y[m * outputs + n]}, exact, magnitude);
+      compare(double{y[m * outputs + n]}, exact, magnitude, largest);
     }
   }
 }
@@ -232,10 +243,31 @@ void check_ranges(const Execute& execute, Family family, bool transposed, int64_
     v = std::ldexp(float(int64_t(random() % 0x1000000) - 0x800000), int(random() % 260) - 23 - 146);
   const int steps = transposed ? 1 : columns_per_word(family) / 4;  // 13 columns are in 4 patches
   const double bound = (4 + 2 * 2 * steps) * 0x1p-24 + 13 * 252 * 0x1p-39;
-  check_values(execute, family, transposed, given, 5, batch, [&](double y, double exact, double magnitude) {
+  check_values(execute, family, transposed, given, 5, batch, [&](double y, double exact, double magnitude, double) {
     if (!(std::abs(y - exact) <= bound * magnitude + 0x1p-149))
       fail("a float32 row of many sizes: " + std::to_string(y) + " for " + std::to_string(exact));
   });
+}
+
+// x of any size in a row of a few: integers may be off by 2^-26 of the row's largest (float32), or 2^-18 (16 bits),
+// which the codes multiply; the sum's two roundings, and what check_ranges allows a product of floats, are the rest.
+template <class Execute>
+void check_few(const Execute& execute, Family family, bool transposed, Dtype dtype, int64_t batch) {
+  std::mt19937_64 random(9);
+  Inputs given{dtype, Buffer<float>(batch * 13), {}};
+  const bool wide = dtype == Dtype::float32;
+  for (float& v : given.x) {
+    const int size = wide ? int(random() % 260) - 23 - 146 : int(random() % 22) - 14;
+    v = std::ldexp(float(int64_t(random() % (wide ? 0x1000000 : 0x200)) - (wide ? 0x800000 : 0x100)), size);
+  }
+  const int steps = transposed ? 1 : columns_per_word(family) / 4, most = family == Family::uniform ? 15 : 1;
+  const double bound = (4 + 2 * 2 * steps) * 0x1p-24, unit = wide ? 0x1p-26 : 0x1p-18;
+  check_values(execute, family, transposed, given, 5, batch,
+               [&](double y, double exact, double magnitude, double largest) {
+                 const double fixed = 13 * most * unit * largest;
+                 if (!(std::abs(y - exact) <= bound * magnitude + fixed + 0x1p-149))
+                   fail("few rows of many sizes: " + std::to_string(y) + " for " + std::to_string(exact));
+               });
 }
 
 // Elements of 16 bits times a gain, of many sizes in one row: such a product is rounded to float32, then to
@@ -249,7 +281,7 @@ void check_gained(const Execute& execute, Family family, bool transposed, Dtype 
     v = std::ldexp(float(int64_t(random() % 0x1000000) - 0x800000), int(random() % 120) - 83);
   const int steps = transposed ? 1 : columns_per_word(family) / 4;
   const double bound = 0x1p-11 + (3 + 2 * steps) * 0x1p-24 + 13 * 252 * 0x1p-39;
-  check_values(execute, family, transposed, given, 5, batch, [&](double y, double exact, double magnitude) {
+  check_values(execute, family, transposed, given, 5, batch, [&](double y, double exact, double magnitude, double) {
     if (!(std::abs(y - exact) <= bound * magnitude))
       fail("a row times its gain: " + std::to_string(y) + " for " + std::to_string(exact));
   });
@@ -274,7 +306,7 @@ void check_accuracy(const Execute& execute, Family family, bool transposed, int6
   Inputs given{Dtype::float32, Buffer<float>(batch * 8192), {}};
   for (float& v : given.x) v = normal(random);
   double error = 0, norm = 0;
-  check_values(execute, family, transposed, given, 8, batch, [&](double y, double exact, double) {
+  check_values(execute, family, transposed, given, 8, batch, [&](double y, double exact, double, double) {
     error += (y - exact) * (y - exact), norm += exact * exact;
   });
   if (!(std::sqrt(error / norm) <= 2e-6))
@@ -284,8 +316,10 @@ void check_accuracy(const Execute& execute, Family family, bool transposed, int6
 // Runs every case; execute(call) leaves the product in call.y. The number of cases.
 template <class Execute>
 int64_t check_all(const Execute& execute) {
-  check_extremes(execute);
-  int64_t cases = 1;
+  check_extremes(execute, 9);
+  check_extremes(execute, 1);
+  check_extremes(execute, 5);
+  int64_t cases = 3;
   for (Family family : {Family::rademacher, Family::uniform, Family::normal})
     for (bool transposed : {false, true}) {
       check_ranges(execute, family, transposed, 20);
@@ -299,6 +333,19 @@ int64_t check_all(const Execute& execute) {
     check(c, random, execute);
     ++cases;
   };
+  for (Family family : {Family::rademacher, Family::uniform})
+    for (bool transposed : {false, true})
+      for (int64_t batch = 1; batch <= 8; ++batch) {
+        for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
+          check_few(execute, family, transposed, dtype, batch);
+        const Dtype dtype = batch % 3 == 1 ? Dtype::float32 : batch % 3 == 2 ? Dtype::bfloat16 : Dtype::float16;
+        // One split of several stages; where gains are given, outputs of several slices.
+        Case c{family, transposed, 5, 43, 4200, 20, batch, dtype};
+        c.most_scratch = 0;
+        run(c);
+        run({family, transposed, 0, 0, 128, 600, batch, batch % 2 ? Dtype::bfloat16 : Dtype::float32, true});
+        cases += 3;
+      }
   constexpr int64_t kFar = (int64_t{1} << 34) - 700;
   for (Family family : {Family::rademacher, Family::uniform, Family::normal})
     for (bool transposed : {false, true}) {

@@ -155,7 +155,9 @@ def test_the_library_needs_no_cuda_and_keeps_its_own_to_itself(run_python):
     shims = re.compile(r"(aoti_)?torch_\w+|\S+@(GLIBC|GLIBCXX|CXXABI|GCC)_\S+")
     assert [name for name in undefined if not shims.fullmatch(name)] == []
     ours = {name for _, name in names if name.startswith("nmkern")}
-    dense = {"nmkern_cuda_kernels", "nmkern_cuda_set_small_rows", "nmkern_cuda_set_overlap"}
+    dense = {
+        f"nmkern_cuda_{name}" for name in ("kernels", "set_small_rows", "set_overlap", "set_fixed_point")
+    }
     assert ours == {"nmkern_cuda_archs", *dense, "nmkern_cuda_sparse_fits"}
     before, after, archs, rows, error = run_python(SCRIPT.format(path=str(library))).split()
     assert (before, after, archs) == ("False", "True", match[1])

@@ -276,6 +276,16 @@ Flow to_halves(Warp& w, const Instruction& i, uint32_t lanes) {
   return Flow::next;
 }
 
+// To the nearest, ties to even; what is out of range is the nearest that is not, a NaN 0.
+Flow to_integer(Warp& w, const Instruction& i, uint32_t lanes) {
+  uint64_t *to = w.slot(i, 0), *a = w.slot(i, 1);
+  for_each_lane(lanes, [&](int lane) {
+    const double value = get<float>(a[lane]);
+    set(to[lane], int32_t(value == value ? std::nearbyint(std::clamp(value, -0x1p31, 0x1p31 - 1)) : 0));
+  });
+  return Flow::next;
+}
+
 template <class To, class From>
 Flow convert(Warp& w, const Instruction& i, uint32_t lanes) {
   uint64_t *to = w.slot(i, 0), *a = w.slot(i, 1);
@@ -294,6 +304,7 @@ Handler cvt_of(const std::vector<std::string>& parts) {
     if (to == "f16x2") return to_halves<Half::float16>;
     if (to == "bf16x2") return to_halves<Half::bfloat16>;
   }
+  if (from == "f32" && to == "s32" && how == "rni") return to_integer;
   if (to == "f32" && from == "f16") return from_half<Half::float16>;
   if (to == "f32" && from == "bf16") return from_half<Half::bfloat16>;
   const bool real = to[0] == 'f', of_real = from[0] == 'f';

@@ -96,6 +96,27 @@ Flow mma(Warp& w, const Instruction& i, uint32_t lanes) {
   return Flow::next;
 }
 
+// u8 times s8 in s32: byte i of register h of b is k = 16h + 4t + i, of registers 2h and 2h + 1 of a too.
+Flow mma_bytes(Warp& w, const Instruction& i, uint32_t lanes) {
+  if (lanes != 0xFFFFFFFF) return Flow::apart;
+  uint8_t a[16][32];
+  int8_t b[8][32];
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int k = 0; k < 8; ++k) {
+      const int at = k / 4 * 16 + lane % 4 * 4 + k % 4, bit = k % 4 * 8;
+      b[lane / 4][at] = int8_t(w.slot(i, 2, k / 4)[lane] >> bit);
+      for (int half = 0; half < 2; ++half)
+        a[lane / 4 + 8 * half][at] = uint8_t(w.slot(i, 1, k / 4 * 2 + half)[lane] >> bit);
+    }
+  uint32_t sum[16][8];
+  for_each_sum([&](int reg, int lane, int row, int col) {
+    sum[row][col] = uint32_t(w.slot(i, 3, reg)[lane]);
+    for (int k = 0; k < 32; ++k) sum[row][col] += uint32_t(a[row][k] * b[col][k]);
+  });
+  for_each_sum([&](int reg, int lane, int row, int col) { w.slot(i, 0, reg)[lane] = sum[row][col]; });
+  return Flow::next;
+}
+
 // Where an element of an operand lies in shared memory: `strided` counts along rows or columns of the
 // product, k along the reduction; `transposed` tells that not k is contiguous.
 struct Descriptor {
@@ -276,6 +297,8 @@ Handler tensor_of(const std::vector<std::string>& parts, Instruction& instructio
   const bool half = parts.back() == "f16" || has("f16");
   if (name == "mma" && has("m16n8k16") && has("row") && has("col") && parts.back() == "f32")
     return half ? mma<Half::float16> : mma<Half::bfloat16>;
+  const bool bytes = parts.size() == 10 && parts[6] == "s32" && parts[7] == "u8" && parts[8] == "s8";
+  if (name == "mma" && has("m16n8k32") && has("row") && has("col") && bytes) return mma_bytes;
   if (name == "wgmma" && parts[1] == "fence") return wgmma_fence;
   if (name == "wgmma" && parts[1] == "commit_group") return wgmma_commit;
   if (name == "wgmma" && parts[1] == "wait_group") return wgmma_wait;

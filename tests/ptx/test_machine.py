@@ -246,6 +246,14 @@ def test_halves(name):
     assert high & 0xFFFF == one != high >> 16
 
 
+def test_a_float_becomes_the_nearest_integer():
+    values = [0.5, 1.5, -2.5, 1e-30, 2.0**31, -(2.0**40), float("inf"), float("nan"), 123456.7]
+    body = "cvt.u32.u64 %r1, %d11; mov.b32 %f1, %r1; cvt.rni.s32.f32 %r2, %f1; cvt.s64.s32 %d10, %r2;"
+    found = computed(body, float_bits(torch.tensor(values)))
+    want = [0, 2, -2, 0, 2**31 - 1, -(2**31), 2**31 - 1, 0, 123457]
+    assert found == [number % 2**64 for number in want]
+
+
 @pytest.mark.parametrize("name", HALVES)
 def test_a_fused_half_is_rounded_once(name):
     """Also where the exact sum lies between a tie and a double: compared with fractions."""
@@ -295,23 +303,26 @@ def test_lanes_that_part_meet_again():
 
 
 def test_shuffles_and_reductions():
-    out = torch.zeros(3, 32, dtype=torch.int32)
+    out = torch.zeros(4, 32, dtype=torch.int32)
     run(
         """
         sub.s32 %r1, %r0, 9;
         shfl.sync.idx.b32 %r2|%p1, %r1, 5, 0x181f, -1;
         redux.sync.max.s32 %r3, %r1, -1;
         redux.sync.max.u32 %r4, %r1, -1;
+        redux.sync.add.s32 %r5, %r1, -1;
         add.s64 %d5, %d0, %d21;
         st.global.b32 [%d5], %r2;
         st.global.b32 [%d5+128], %r3;
         st.global.b32 [%d5+256], %r4;
+        st.global.b32 [%d5+384], %r5;
         """,
         out,
     )
     # Within each eight lanes; the first sixteen numbers below 9 are the largest without a sign.
     assert out[0].tolist() == [lane // 8 * 8 + 5 - 9 for lane in range(32)]
     assert set(out[1].tolist()) == {22} and set(out[2].tolist()) == {-1}
+    assert set(out[3].tolist()) == {sum(range(-9, 23))}
 
 
 EXCHANGE = """
@@ -446,6 +457,45 @@ def test_a_product_of_fragments():
         registers,
     )
     want = a @ b + c
+    for lane in range(32):
+        group, member = divmod(lane, 4)
+        for i in range(4):
+            assert out[lane, i] == want[group + (8 if i >= 2 else 0), member * 2 + (i & 1)]
+
+
+def test_a_product_of_bytes():
+    """Likewise; rows of a have no sign, columns of b have one."""
+    g = torch.Generator().manual_seed(6)
+    a = torch.randint(0, 256, (16, 32), generator=g, dtype=torch.int32)
+    b = torch.randint(-128, 128, (32, 8), generator=g, dtype=torch.int32)
+    c = torch.randint(-(2**31), 2**31 - 1, (16, 8), generator=g, dtype=torch.int64)
+    registers = torch.zeros(32, 10, dtype=torch.int32)
+    octets = registers.view(torch.uint8)
+    for lane in range(32):
+        group, member = divmod(lane, 4)
+        for i in range(16):
+            row, col = group + (8 if i // 4 in (1, 3) else 0), member * 4 + i % 4 + (16 if i >= 8 else 0)
+            octets[lane, i] = a[row, col]
+        for i in range(8):
+            octets[lane, 16 + i] = b[member * 4 + i % 4 + (16 if i >= 4 else 0), group] & 255
+        for i in range(4):
+            registers[lane, 6 + i] = c[group + (8 if i >= 2 else 0), member * 2 + (i & 1)]
+    out = torch.zeros(32, 4, dtype=torch.int32)
+    run(
+        f"""
+        mul.lo.s64 %d4, %d21, 10;
+        add.s64 %d5, %d1, %d4;
+        {"".join(f"ld.global.b32 %r{10 + i}, [%d5+{4 * i}];" for i in range(10))}
+        mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {{%r16, %r17, %r18, %r19}},
+            {{%r10, %r11, %r12, %r13}}, {{%r14, %r15}}, {{%r16, %r17, %r18, %r19}};
+        add.s64 %d6, %d0, %d20;
+        add.s64 %d6, %d6, %d20;
+        st.global.v4.b32 [%d6], {{%r16, %r17, %r18, %r19}};
+        """,
+        out,
+        registers,
+    )
+    want = (a.long() @ b.long() + c).to(torch.int32)  # what passes 2^31 comes round
     for lane in range(32):
         group, member = divmod(lane, 4)
         for i in range(4):

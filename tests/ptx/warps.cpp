@@ -30,14 +30,22 @@ Flow shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
   return Flow::next;
 }
 
-template <class T>
-Flow reduce_max(Warp& w, const Instruction& i, uint32_t lanes) {
+template <class T, class Join>
+Flow reduce(Warp& w, const Instruction& i, uint32_t lanes, T all, const Join& join) {
   if (!together(w, uint32_t(w.slot(i, 2)[std::countr_zero(lanes)]), lanes)) return Flow::apart;
   uint64_t *to = w.slot(i, 0), *a = w.slot(i, 1);
-  T most = std::numeric_limits<T>::lowest();
-  for_each_lane(lanes, [&](int lane) { most = std::max(most, get<T>(a[lane])); });
-  for_each_lane(lanes, [&](int lane) { set(to[lane], most); });
+  for_each_lane(lanes, [&](int lane) { all = join(all, get<T>(a[lane])); });
+  for_each_lane(lanes, [&](int lane) { set(to[lane], all); });
   return Flow::next;
+}
+
+template <class T>
+Flow reduce_max(Warp& w, const Instruction& i, uint32_t lanes) {
+  return reduce(w, i, lanes, std::numeric_limits<T>::lowest(), [](T a, T b) { return std::max(a, b); });
+}
+
+Flow reduce_sum(Warp& w, const Instruction& i, uint32_t lanes) {
+  return reduce(w, i, lanes, uint32_t{0}, [](uint32_t a, uint32_t b) { return a + b; });
 }
 
 Flow warp_barrier(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -131,6 +139,7 @@ Handler warp_of(const std::vector<std::string>& parts, Instruction&) {
   if (name == "shfl.sync.bfly.b32") return shuffle<Shuffle::butterfly>;
   if (name == "redux.sync.max.u32") return reduce_max<uint32_t>;
   if (name == "redux.sync.max.s32") return reduce_max<int32_t>;
+  if (name == "redux.sync.add.s32") return reduce_sum;
   if (name == "bar.warp.sync") return warp_barrier;
   if (name == "bar.sync" || name == "barrier.sync") return block_barrier;
   if (name == "mbarrier.init.shared::cta.b64") return initialize;
