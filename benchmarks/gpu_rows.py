@@ -39,7 +39,7 @@ class Extent:
     border: tuple[int, ...] = (8, 16, 32, 64)  # where the small-batch kernel should end
     large: tuple[int, ...] = (2048,)  # Triton's, where another backend comes first
     serial: tuple[int, ...] = (1, 16)  # with each kernel launched only after the one before
-    floats: tuple[int, ...] = (1, 8)  # with few rows multiplied as more are
+    floats: tuple[int, ...] = (1, 8)  # with few rows multiplied as 9 to 16 are
     huge: int = 2**18
     huge_batches: tuple[int, ...] = (1, 16, 64)
     copied: int = 2**30  # bytes

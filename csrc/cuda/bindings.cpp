@@ -23,7 +23,8 @@ Kernel kernel_for(const Tensor& x, int64_t batch) {
   return kernels.wide ? Kernel::wide : Kernel::none;
 }
 
-void run(const Tensor& x, const Dense& call, Kernel kernel) {
+void run(const Tensor& x, Dense call, Kernel kernel) {
+  call.fixed_point = fixed_point_allowed();
   const bool wide = kernel == Kernel::wide;
   const Scratch scratch(x, wide ? wide_scratch(call) : skinny_scratch(call));
   void* stream = current_stream(x.get_device_index());

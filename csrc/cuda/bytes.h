@@ -13,7 +13,7 @@
 //               transposed   an output from the sum of its bit and those above it, less that of the latter
 //
 // Transposed, a register has the same byte of a patch's four words. Instructions a weight are 0.125 and 0.375
-// for uniform, 0.25 and 0.47 for rademacher, where decode.h's take 1.125 and 1.
+// for uniform, 0.25 and 0.28 for rademacher, where decode.h's take 1.125 and 1.
 // Rejected: all fields by masks, uniform's halves summed apart (0.25); rademacher by shifts (0.34).
 #pragma once
 

@@ -31,6 +31,8 @@ struct Dense {
   Matrix other;    // [M, N]
   Bank gain_grad;  // [1, context's range or M, N]
 
+  bool fixed_point = true;  // whether few rows may be multiplied as integers: see fixed.cu
+
   int64_t most_scratch = int64_t{64} << 20;  // bytes, where a call can be taken in parts
 
   int64_t inputs() const { return transposed ? rows : cols; }

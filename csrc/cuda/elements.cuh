@@ -80,6 +80,15 @@ NMKERN_DEVICE void load_words(const void* from, uint32_t (&word)[count]) {
 }
 
 template <int count>
+NMKERN_DEVICE void store_words(void* to, const uint32_t (&word)[count]) {
+  static_assert(count == 2 || count == 4);
+  if constexpr (count == 4)
+    *static_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+  else
+    *static_cast<uint2*>(to) = make_uint2(word[0], word[1]);
+}
+
+template <int count>
 NMKERN_DEVICE void load_floats(const float* from, float (&value)[count]) {
   static_assert(count % 4 == 0);
 #pragma unroll

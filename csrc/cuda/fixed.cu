@@ -1,24 +1,26 @@
 // The product for at most eight rows, of weights of one or four bits: integers times integers.
 //
-//   x[m, k] * in_gain[c, k] = scale[m] * q[m, k], rounded, for the k of a stage                   (stage_x)
+//   x[m, k] * in_gain[c, k] = scale[m] * q[m, k], rounded, for the k of a split                   (Stage)
 //   sum_k q[m, k] * code[n, k] = factor * sum_k q[m, k] * field[n, k] - offset * sum_k q[m, k]
-//   partial[s, m, n] = sum over the stages of split s: scale[m] * sum_k q[m, k] * code[n, k] (finish_stage)
+//   partial[s, m, n] = scale[m] * sum_k q[m, k] * code[n, k]                                      (write_run)
 //
-//   x -> stage_x -> digits of q in shared memory, in the order of B's registers -> multiply_steps -> sums
-//   of the block -> finish_stage -> partial -> finish.h -> y
+//   x -> Stage -> digits of q in shared memory, in the order of B's registers -> multiply_steps -> run_of
+//   -> own_run, finish_sums: a quad's lanes and a block's warps together -> partial -> finish.h -> y
 //
 // A warp generates W in A's registers as skinny.cu does, but as bytes (see bytes.h), which tensor cores
-// multiply by q's digits of eight bits: B's columns are rows times digits, four digits of two rows in a tile
-// of eight. Instructions per weight and thread of the loop, sm_90a, up to 2 rows and at 8: rademacher 0.50
-// and 0.66 (transposed 0.53, 1.02), uniform 0.95 and 1.16 (1.11, 1.36); as bfloat16 uniform took 1.98 (2.10).
+// multiply by q's digits of eight bits: B's columns are digits of rows. Instructions per weight and thread of
+// the loop, sm_90a, up to 2 rows and bfloat16 of 5 to 8: rademacher 0.50 and 0.66 (transposed 0.53, 0.96),
+// uniform 0.95 and 1.08 (1.11, 1.31); as bfloat16, of eight rows, uniform took 1.99 (2.09), rademacher 1.32.
 //
-// q is what is rounded: uniform's to 2^-26 of the row's largest in the stage by four digits, to 2^-18 by
-// three (rademacher 2^-27 and 2^-19, transposed 2^-30 and 2^-22). Its sums are exact, where those that tensor
-// cores take in float32 lose at every addition what is below 2^-24 of the largest term. A row that is not
-// finite has no finite result.
+// q is what is rounded: uniform's by 2^-26 of the row's largest at most, of four digits, by 2^-18 of three
+// (rademacher 2^-27 and 2^-19, transposed 2^-30 and 2^-22; more where the largest is subnormal). Its sums are
+// exact, where those that tensor cores take in float32 lose at every addition what is below 2^-24 of the
+// largest term. A row that is not finite has no finite result.
+// Rejected: x packed by a kernel before, which would be a launch more; a scale for each stage, whose sums
+// would be finished each for themselves: by an estimate half as many clocks as the loop takes, at eight rows.
 //
-// Invariant: a sum's bits follow from shapes, for stages and splits are added upward; in a stage no order has
-// a say.
+// Invariant: a sum's bits follow from shapes: splits are added upward, and in a split no order has a say (but
+// beyond 65,536 of the reduction, which are added upward too).
 #include "dense.h"
 #include "enqueue.h"
 #include "fixed_plan.h"
@@ -28,17 +30,15 @@
 namespace nmkern::cuda {
 namespace {
 
-// Shared memory; of rows, what they have in a stage.
+// Shared memory.
 template <class C>
 struct Shared {
-  unsigned char* x;
-  int* sums;            // [kSums][kSumPitch]: of fields times digits
+  unsigned char* x;     // and what warps exchange
   uint32_t* magnitude;  // [kFixedRows]: the largest of a row, as bits
-  int *lower, *upper;   // [kFixedRows]: the sum of a row's integers is lower + 2^20 * upper
+  int *lower, *upper;   // [kFixedRows]: the sum of a row's integers is lower + 2^16 * upper
 
   NMKERN_DEVICE explicit Shared(unsigned char* memory)
       : x(memory),
-        sums(reinterpret_cast<int*>(memory + C::kSumsOffset)),
         magnitude(reinterpret_cast<uint32_t*>(memory + C::kRowsOffset)),
         lower(reinterpret_cast<int*>(magnitude + kFixedRows)),
         upper(lower + kFixedRows) {}
@@ -52,93 +52,183 @@ struct Power {
     first = float_of(uint32_t(half + 127) << 23);
     second = float_of(uint32_t(exponent - half + 127) << 23);
   }
-  NMKERN_DEVICE float times(float value) const { return __fmul_rn(__fmul_rn(value, first), second); }
 };
 
 // The exponent of what x is multiplied by, so that the largest of a row becomes an integer of as many bits as
 // digits have room for.
-template <class Bytes>
-NMKERN_DEVICE int scale_exponent(uint32_t magnitude, int digits) {
+template <class C>
+NMKERN_DEVICE int scale_exponent(uint32_t magnitude) {
   const int exponent = int(magnitude >> 23);
-  return 8 * digits - 2 - Bytes::kMoreBits + 126 - (exponent < 1 ? 1 : exponent);
+  return 8 * C::kDigits - 2 - C::Bytes::kMoreBits + 126 - (exponent < 1 ? 1 : exponent);
 }
 
-// Digits of the x of a stage. All of it is loaded before the largest is known; a warp's loads are of one row.
+// The integer that is nearest to value * scale, which is 2^22 at most where there are three digits.
 template <class C>
-NMKERN_DEVICE void stage_x(const FixedProduct& p, int64_t first, int steps, const Shared<C>& shared) {
+NMKERN_DEVICE int nearest(float value, const Power& scale) {
+  if constexpr (C::kDigits > 3) return __float2int_rn(value * scale.first * scale.second);
+  // Twice as fast: of a sum with 1.5 * 2^23, the last place is 1.
+  return int(bits_of(__fmaf_rn(value * scale.first, scale.second, 0x1.8p23f)) - bits_of(0x1.8p23f));
+}
+
+// x of a stage: a thread has the slots that a lane of B has, of one row and some of the steps. Eight lanes
+// with neighbouring slots of two rows store 128 bytes that are neighbours too.
+template <class C>
+struct Stage {
   using Bytes = typename C::Bytes;
-  constexpr int kSlots = Bytes::kSlots;
-  static_assert(kSlots % kPacked == 0);
-  const int places = steps * kQuadLanes, row_places = (places + kLanes - 1) / kLanes * kLanes;
-  const int count = row_places * int(p.x.batch);
+  static constexpr int kSlots = Bytes::kSlots, kPieces = kSlots / kPacked;
   float value[C::kLoads][kSlots];
+
+  NMKERN_DEVICE static int row() { return lane_id() / kQuadLanes % C::kRows; }
+  NMKERN_DEVICE static int step(int load) {
+    constexpr int kWarpSteps = kLanes / kQuadLanes / C::kRows;
+    return (load * C::kWarps + thread_id() / kLanes) * kWarpSteps + lane_id() / (kQuadLanes * C::kRows);
+  }
+
+  // Zeros where there is no such row, or step.
+  NMKERN_DEVICE void load(const FixedProduct& p, int64_t first, int steps) {
+    const bool whole = p.x.reduction % kPacked == 0 ||
+                       (first + steps) * (kQuadLanes * kSlots) <= p.x.reduction;  // no row ends in a vector
+    if (!p.x.vectors || !whole)
+      load_pieces(p, first, steps);
+    else if (p.x.x.dtype == Dtype::float32)
+      load_vectors<float>(p, first, steps);
+    else
+      load_vectors<uint16_t>(p, first, steps);
+  }
+
+  // To `largest` of all that lanes have of the thread's row.
+  template <class Join>
+  NMKERN_DEVICE static uint32_t over_row(uint32_t all, const Join& join) {
 #pragma unroll
-  for (int load = 0; load < C::kLoads; ++load) {
-    const int item = thread_id() + load * C::kThreads;
-    if (item >= count) continue;
-    const int m = item / row_places, at = item % row_places;
-    const float* gain =
-        p.x.in_gain.data ? p.x.in_gain.data + bank_row(p.x.in_gain, p.x.context, m) * p.x.reduction : nullptr;
+    for (int distance = 1; distance < kLanes; distance *= 2)
+      if (distance < kQuadLanes || distance >= kQuadLanes * C::kRows)
+        all = join(all, __shfl_xor_sync(0xFFFFFFFF, all, distance));
+    return all;
+  }
+  NMKERN_DEVICE static bool speaks_for_row() {
+    return lane_id() % kQuadLanes == 0 && lane_id() < kQuadLanes * C::kRows;
+  }
+
+  // Makes the largest of its rows known.
+  NMKERN_DEVICE void compare(const Shared<C>& shared) const {
     uint32_t most = 0;  // magnitudes are ordered as their bits are
 #pragma unroll
-    for (int i = 0; i < kSlots; i += kPacked) {
-      float some[kPacked] = {};
-      if (at < places) input_values(p.x, m, gain, (first * kQuadLanes + at) * kSlots + i, some);
+    for (const auto& slots : value)
 #pragma unroll
-      for (int j = 0; j < kPacked; ++j) {
-        value[load][i + j] = some[j];
-        const uint32_t magnitude = bits_of(some[j]) & 0x7FFFFFFF;
+      for (float v : slots) {
+        const uint32_t magnitude = bits_of(v) & 0x7FFFFFFF;
         if (magnitude > most) most = magnitude;
       }
-    }
-    most = __reduce_max_sync(0xFFFFFFFF, most);
-    if (lane_id() == 0) atomicMax(shared.magnitude + m, most);
+    most = over_row(most, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+    if (speaks_for_row()) atomicMax(shared.magnitude + row(), most);
   }
-  __syncthreads();
-#pragma unroll
-  for (int load = 0; load < C::kLoads; ++load) {
-    const int item = thread_id() + load * C::kThreads;
-    if (item >= count) continue;
-    const int m = item / row_places, at = item % row_places;
-    const Power scale(scale_exponent<Bytes>(shared.magnitude[m], p.digits));
-    int q[kSlots];
+
+  // Its digits, and the sums of its integers, by the largest that is known.
+  NMKERN_DEVICE void store(int steps, const Shared<C>& shared) const {
+    const Power scale(scale_exponent<C>(shared.magnitude[row()]));
+    const auto plus = [](uint32_t a, uint32_t b) { return a + b; };
     int64_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      q[i] = __float2int_rn(scale.times(value[load][i]));
-      sum += q[i];
-    }
-    const int lower = __reduce_add_sync(0xFFFFFFFF, int(sum) & 0xFFFFF);
-    const int upper = __reduce_add_sync(0xFFFFFFFF, int(sum >> 20));
-    if (lane_id() == 0) {
-      atomicAdd(shared.lower + m, lower);
-      atomicAdd(shared.upper + m, upper);
-    }
-    if (at >= places) continue;
-    Words digits[Bytes::kRegisters];  // word i: digit i of a register's four slots
+    for (int load = 0; load < C::kLoads; ++load) {
+      int q[kSlots];
 #pragma unroll
-    for (int reg = 0; reg < Bytes::kRegisters; ++reg) {
-      Words four;
-      // Balanced digits: those of a number and 128 * (1 + 256 + ...), each less 128.
+      for (int i = 0; i < kSlots; ++i) sum += q[i] = nearest<C>(value[load][i], scale);
+      if (step(load) >= steps) continue;
+      Words digits[Bytes::kRegisters];  // word i: digit i of a register's four slots
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        four.w[i] = (uint32_t(Bytes::scaled(q, Bytes::slot(reg, i))) + 0x80808080) ^ 0x80808080;
-      digits[reg] = transposed_bytes(four);
-    }
+      for (int reg = 0; reg < Bytes::kRegisters; ++reg) {
+        Words four;
+        // Balanced digits: those of a number and 128 * (1 + 256 + ...), each less 128.
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i >= p.digits) continue;
-      const int column = m * p.digits + i, lane = column % kByteColumns * kQuadLanes + at % kQuadLanes;
+        for (int i = 0; i < 4; ++i)
+          four.w[i] = (uint32_t(Bytes::scaled(q, Bytes::slot(reg, i))) + 0x80808080) ^ 0x80808080;
+        digits[reg] = transposed_bytes(four);
+      }
 #pragma unroll
-      for (int vector = 0; vector < C::kVectors; ++vector) {
-        auto* to = reinterpret_cast<uint32_t*>(
-            shared.x + C::x_offset(at / kQuadLanes, vector, column / kByteColumns) + lane * (4 * C::kVector));
+      for (int i = 0; i < C::kDigits; ++i) {
+        const int column = i * C::kRows + row();
+        const int lane = column % kByteColumns * kQuadLanes + lane_id() % kQuadLanes;
 #pragma unroll
-        for (int reg = 0; reg < C::kVector; ++reg) to[reg] = digits[vector * C::kVector + reg].w[i];
+        for (int vector = 0; vector < C::kVectors; ++vector) {
+          uint32_t word[C::kVector];
+#pragma unroll
+          for (int reg = 0; reg < C::kVector; ++reg) word[reg] = digits[vector * C::kVector + reg].w[i];
+          const int offset = C::x_offset(step(load), vector, column / kByteColumns);
+          store_words(shared.x + offset + lane * (4 * C::kVector), word);
+        }
       }
     }
+    const uint32_t lower = over_row(uint32_t(sum) & 0xFFFF, plus),
+                   upper = over_row(uint32_t(sum >> 16), plus);
+    if (speaks_for_row()) {
+      atomicAdd(shared.lower + row(), int(lower));
+      atomicAdd(shared.upper + row(), int(upper));
+    }
   }
-}
+
+ private:
+  NMKERN_DEVICE static int64_t place(int64_t first, int load) {
+    return ((first + step(load)) * kQuadLanes + lane_id() % kQuadLanes) * kSlots;
+  }
+  NMKERN_DEVICE static const float* gain_of_row(const FixedProduct& p) {
+    if (!p.x.in_gain.data || row() >= p.x.batch) return nullptr;
+    return p.x.in_gain.data + bank_row(p.x.in_gain, p.x.context, row()) * p.x.reduction;
+  }
+
+  NMKERN_DEVICE void load_pieces(const FixedProduct& p, int64_t first, int steps) {
+    const float* gain = gain_of_row(p);
+#pragma unroll
+    for (int load = 0; load < C::kLoads; ++load)
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        float some[kPacked] = {};
+        if (row() < p.x.batch && step(load) < steps)
+          input_values(p.x, row(), gain, place(first, load) + piece * kPacked, some);
+#pragma unroll
+        for (int i = 0; i < kPacked; ++i) value[load][piece * kPacked + i] = some[i];
+      }
+  }
+
+  // All loads are in flight before the first is used.
+  template <class T>
+  NMKERN_DEVICE void load_vectors(const FixedProduct& p, int64_t first, int steps) {
+    constexpr int kWords = kPacked * sizeof(T) / 4;
+    const auto* x = static_cast<const T*>(p.x.x.data) + row() * p.x.x.row_stride;
+    const float* gain = gain_of_row(p);
+    uint32_t raw[C::kLoads][kPieces][kWords];
+    const auto for_each = [&](const auto& use) {
+#pragma unroll
+      for (int load = 0; load < C::kLoads; ++load)
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece)
+          use(load, piece, place(first, load) + piece * kPacked, step(load) < steps && row() < p.x.batch);
+    };
+    for_each([&](int load, int piece, int64_t k, bool here) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        uint4 v{};
+        if (here && k + kPacked <= p.x.reduction)
+          v = *reinterpret_cast<const uint4*>(x + k + 4 * i / sizeof(T));
+        auto* to = raw[load][piece] + i;
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+      }
+    });
+    for_each([&](int load, int piece, int64_t k, bool here) {
+      float* to = value[load] + piece * kPacked;
+#pragma unroll
+      for (int i = 0; i < kPacked; ++i)
+        to[i] = sizeof(T) == 4
+                    ? float_of(raw[load][piece][i % kWords])
+                    : float_of_half(uint16_t(raw[load][piece][i / 2 % kWords] >> i % 2 * 16), p.x.x.dtype);
+      if (gain) {
+        float factor[kPacked] = {};
+        if (here && k + kPacked <= p.x.reduction) load_floats(gain + k, factor);
+#pragma unroll
+        for (int i = 0; i < kPacked; ++i) to[i] = __fmul_rn(to[i], factor[i]);
+      }
+    });
+  }
+};
 
 NMKERN_DEVICE void mma_bytes(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
@@ -211,63 +301,122 @@ NMKERN_DEVICE void multiply_steps(const FixedProduct& p, const unsigned char* sh
   }
 }
 
-// A lane's sums to those of the block; columns that are none of the rows' have anything.
-template <class C>
-NMKERN_DEVICE void add_sums(const FixedProduct& p, const Sums<C>& sums, int first_patch, int* block) {
-  using Patch = typename C::Patch;
-#pragma unroll
-  for (int at = 0; at < C::kTiles; ++at)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = at * kByteColumns + c_col(lane_id(), e);
-      if (column >= p.x.batch * p.digits) continue;
-#pragma unroll
-      for (int group = 0; group < C::kGroups; ++group)
-#pragma unroll
-        for (int output = 0; output < Patch::kOutputs; ++output) {
-          // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
-          const auto of = [&](int n, int set) { return sums[group][n / 2][set][at][n % 2 * 2 + e]; };
-          const int n = (first_patch + group * kQuads) * Patch::kOutputs + output;
-          atomicAdd(block + column * C::kSumPitch + n, C::Bytes::field_sum(of, output));
-        }
-    }
-}
-
-// What the block's threads own of its outputs.
-template <class C>
-struct Outputs {
-  static constexpr int kOwn = C::kBlockOutputs * C::kRows / C::kThreads;
-  float y[kOwn] = {};
-
-  template <class Use>
-  NMKERN_DEVICE void for_each(const FixedProduct& p, const Use& use) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int at = thread_id() + i * C::kThreads, m = at / C::kBlockOutputs, n = at % C::kBlockOutputs;
-      if (m < p.x.batch) use(y[i], m, n);
-    }
-  }
+// What a lane's sums tell of a run: four sums of fields times integers, times 2^kShift.
+struct Run {
+  int64_t v[4];
 };
 
-// Adds a stage's sums to y, and leaves zeros.
+// The digits that the lane has, of run (group * kOutputs / 4 + outputs / 4) * 2 + e: rows that differ in e
+// are neighbours among B's columns.
 template <class C>
-NMKERN_DEVICE void finish_stage(const FixedProduct& p, const Shared<C>& shared, Outputs<C>& outputs) {
-  using Code = ByteCode<C::Patch::kFamily>;
-  outputs.for_each(p, [&](float& y, int m, int n) {
-    int64_t sum = 0;
+NMKERN_DEVICE Run run_of(const Sums<C>& sums, int run) {
+  constexpr int kQuarters = C::Patch::kOutputs / 4;
+  const int group = run / 2 / kQuarters, first = run / 2 % kQuarters * 4, e = run % 2;
+  const int own_digits = place_of(lane_id()) * 2 / C::kRows;  // below the lane's, in a tile
+  Run result;
 #pragma unroll
-    for (int i = 3; i >= 0; --i) {
-      if (i >= p.digits) continue;
-      int& own = shared.sums[(m * p.digits + i) * C::kSumPitch + n];
-      sum = sum * 256 + own;
-      own = 0;
+  for (int i = 0; i < 4; ++i) {
+    int64_t value = 0;
+#pragma unroll
+    for (int at = C::kTiles - 1; at >= 0; --at) {
+      // Patch::output(tile, half) = 2 * tile + half; half is bit 1 of a C register's number.
+      const auto of = [&](int n, int set) { return sums[group][n / 2][set][at][n % 2 * 2 + e]; };
+      value = value * (1 << 8 * C::kSharing % 32) + C::Bytes::field_sum(of, first + i);
     }
-    const int64_t whole = shared.lower[m] + (int64_t{shared.upper[m]} << 20);
-    sum = (sum * Code::kFactor >> C::Bytes::kShift) - whole * Code::kOffset;
-    const uint32_t magnitude = shared.magnitude[m];
-    const Power unit(-scale_exponent<typename C::Bytes>(magnitude, p.digits));
-    y = __fadd_rn(y, magnitude < 0x7F800000 ? unit.times(__ll2float_rn(sum)) : float_of(0x7FFFFFFF));
-  });
+    result.v[i] = value << 8 * own_digits;
+  }
+  return result;
+}
+
+// A run of all digits, which lanes of a quad have together: `run` counts those of which the lane is left with
+// the sum, see write_run.
+template <class C, int sharing = C::kSharing>
+NMKERN_DEVICE Run own_run(const Sums<C>& sums, int run) {
+  if constexpr (sharing == 1) {
+    return run_of<C>(sums, run);
+  } else {
+    // Half of them stay, and half go to the lane that has the other digits.
+    constexpr int kDistance = kQuadLanes * sharing / C::kSharing / 2;
+    const bool upper = place_of(lane_id()) & kDistance;
+    const Run low = own_run<C, sharing / 2>(sums, run);
+    const Run high = own_run<C, sharing / 2>(sums, run + C::kRuns * sharing / C::kSharing / 2);
+    Run result = upper ? high : low;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t given = upper ? low.v[i] : high.v[i];
+      result.v[i] += __shfl_xor_sync(0xFFFFFFFF, given, kDistance);
+    }
+    return result;
+  }
+}
+
+// A run's outputs: written, or added to those of the sums before.
+template <class C>
+NMKERN_DEVICE void write_run(const FixedProduct& p, const Shared<C>& shared, const Run& run, int number,
+                             int64_t first_patch, int slice, bool add) {
+  using Code = ByteCode<C::Patch::kFamily>;
+  constexpr int kQuarters = C::Patch::kOutputs / 4;
+  number += place_of(lane_id()) * C::kSharing / kQuadLanes * C::kOwnRuns;
+  const int m = (place_of(lane_id()) * 2 + number % 2) % C::kRows;
+  if (m >= p.x.batch) return;
+  const int64_t whole = shared.lower[m] + (int64_t{shared.upper[m]} << 16);
+  const uint32_t magnitude = shared.magnitude[m];
+  const Power unit(-scale_exponent<C>(magnitude));
+  const int64_t n = (first_patch + number / 2 / kQuarters * kQuads) * C::kPatchOutputs +
+                    slice * C::Patch::kFields * C::Patch::kTransposed + number / 2 % kQuarters * 4;
+  float* to = p.partial + (int64_t{blockIdx.y} * p.x.batch + m) * p.partial_stride + n;
+  float y[4];
+  if (add) load_floats(to, y);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t sum = (run.v[i] * Code::kFactor >> C::Bytes::kShift) - whole * Code::kOffset;
+    const float value = __fmul_rn(__fmul_rn(__ll2float_rn(sum), unit.first), unit.second);
+    const float here = magnitude < 0x7F800000 ? value : float_of(0x7FFFFFFF);
+    y[i] = add ? __fadd_rn(y[i], here) : here;
+  }
+  store_four(to, y[0], y[1], y[2], y[3]);
+}
+
+// The sums of a block, of warps that take turns in the reduction together: each writes every kDepthWarps-th
+// run.
+template <class C>
+NMKERN_DEVICE void finish_sums(const FixedProduct& p, const Shared<C>& shared, const Sums<C>& sums,
+                               int64_t first_patch, int slice, bool add) {
+  if constexpr (C::kDepthWarps == 1) {
+#pragma unroll
+    for (int run = 0; run < C::kOwnRuns; ++run)
+      write_run<C>(p, shared, own_run<C>(sums, run), run, first_patch, slice, add);
+  } else {
+    struct alignas(16) Half {
+      int64_t v[2];
+    };
+    const int warp = thread_id() / kLanes, output_warp = warp % C::kOutputWarps;
+    const auto slot = [&](int run, int half, int of_warp) {
+      return reinterpret_cast<Half*>(shared.x) + ((run * 2 + half) * C::kWarps + of_warp) * kLanes +
+             lane_id();
+    };
+    __syncthreads();  // x has been multiplied
+#pragma unroll
+    for (int run = 0; run < C::kOwnRuns; ++run) {
+      const Run own = own_run<C>(sums, run);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) *slot(run, half, warp) = {{own.v[2 * half], own.v[2 * half + 1]}};
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int run = warp / C::kOutputWarps; run < C::kOwnRuns; run += C::kDepthWarps) {
+      Run all{};
+#pragma unroll
+      for (int depth = 0; depth < C::kDepthWarps; ++depth)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Half share = *slot(run, half, depth * C::kOutputWarps + output_warp);
+          all.v[2 * half] += share.v[0];
+          all.v[2 * half + 1] += share.v[1];
+        }
+      write_run<C>(p, shared, all, run, first_patch, slice, add);
+    }
+  }
 }
 
 template <class C>
@@ -277,8 +426,8 @@ __global__ void __launch_bounds__(C::kThreads, 1) fixed_kernel(const FixedProduc
   const Shared<C> shared(memory);
   const int warp = thread_id() / kLanes, depth = warp / C::kOutputWarps;
   const int slice = int(blockIdx.x % C::kSlices);
-  const int64_t block_patch = blockIdx.x / C::kSlices * int64_t{C::kBlockPatches};
-  const int first_patch = warp % C::kOutputWarps * C::kGroups * kQuads + quad_of(lane_id());
+  const int64_t first_patch = blockIdx.x / C::kSlices * int64_t{C::kBlockPatches} +
+                              warp % C::kOutputWarps * C::kGroups * kQuads + quad_of(lane_id());
   const int64_t split_first = int64_t{blockIdx.y} * p.split_steps;
   const int64_t left = p.steps - split_first;
   const int64_t split_end = split_first + (left < p.split_steps ? left : p.split_steps);
@@ -287,41 +436,46 @@ __global__ void __launch_bounds__(C::kThreads, 1) fixed_kernel(const FixedProduc
   Fixed fixed[C::kGroups];
 #pragma unroll
   for (int group = 0; group < C::kGroups; ++group) {
-    const uint32_t counter = p.output_patch + uint32_t(block_patch) + uint32_t(first_patch + group * kQuads);
+    const uint32_t counter = p.output_patch + uint32_t(first_patch) + uint32_t(group * kQuads);
     if constexpr (Patch::kTransposed)
       fixed[group] = column_part(counter, p.keys);
     else
       fixed[group] = row_part(counter, p.keys);
     keep(fixed[group]);
   }
-  Outputs<C> outputs;
-  for (int i = thread_id(); i < C::kSums * C::kSumPitch; i += C::kThreads) shared.sums[i] = 0;
   await_previous();
 
-  for (int64_t first = split_first; first < split_end; first += C::kStageSteps) {
-    const int steps = int(split_end - first < C::kStageSteps ? split_end - first : C::kStageSteps);
-    if (thread_id() < 3 * int(kFixedRows)) shared.magnitude[thread_id()] = 0;  // and their sums
+  // As much of the reduction as sums have room for, of which the largest of rows come first.
+#pragma unroll 1
+  for (int64_t begin = split_first; begin < split_end; begin += C::kSumSteps) {
+    const int64_t end = split_end - begin < C::kSumSteps ? split_end : begin + C::kSumSteps;
+    __syncthreads();                                                           // rows' numbers have been read
+    if (thread_id() < 3 * int(kFixedRows)) shared.magnitude[thread_id()] = 0;  // and lower and upper
     __syncthreads();
-    stage_x<C>(p, first, steps, shared);
-    __syncthreads();
-    // The warp's turn of the stage.
-    const int turn = (steps + C::kDepthWarps - 1) / C::kDepthWarps, begin = depth * turn;
-    const uint32_t patch = p.reduction_patch + (uint32_t(first + begin) * kQuadLanes + place_of(lane_id())) *
-                                                   uint32_t(C::Bytes::kPatches);
+    Stage<C> stage;
     Sums<C> sums = {};
-    multiply_steps<C>(p, shared.x + begin * C::kStepBytes, patch, steps - begin < turn ? steps - begin : turn,
-                      fixed, slice * (32 / Patch::kColumns) * Patch::kFields, sums);
-    add_sums<C>(p, sums, first_patch, shared.sums);
-    __syncthreads();
-    finish_stage(p, shared, outputs);
-    __syncthreads();
+    // All stages but the first are loaded twice: at first, for the largest.
+    const int stages = int((end - begin + C::kStageSteps - 1) / C::kStageSteps);
+#pragma unroll 1
+    for (int turn = 1 - stages; turn < stages; ++turn) {
+      const int64_t first = begin + (turn < 0 ? -turn : turn) * C::kStageSteps;
+      const int steps = int(end - first < C::kStageSteps ? end - first : C::kStageSteps);
+      stage.load(p, first, steps);
+      if (turn <= 0) stage.compare(shared);
+      if (turn < 0) continue;
+      __syncthreads();  // magnitudes are there, x has been multiplied
+      stage.store(steps, shared);
+      __syncthreads();
+      // The warp's turn of the stage.
+      const int share = (steps + C::kDepthWarps - 1) / C::kDepthWarps, skip = depth * share;
+      const uint32_t patch = p.reduction_patch + (uint32_t(first + skip) * kQuadLanes + place_of(lane_id())) *
+                                                     uint32_t(C::Bytes::kPatches);
+      multiply_steps<C>(p, shared.x + skip * C::kStepBytes, patch,
+                        steps - skip < share ? steps - skip : share, fixed,
+                        slice * (32 / Patch::kColumns) * Patch::kFields, sums);
+    }
+    finish_sums<C>(p, shared, sums, first_patch, slice, begin > split_first);
   }
-  outputs.for_each(p, [&](float y, int m, int n) {
-    const int64_t patch = block_patch + n / Patch::kOutputs;
-    const int64_t output =
-        patch * C::kPatchOutputs + slice * Patch::kFields * Patch::kTransposed + n % Patch::kOutputs;
-    p.partial[(int64_t{blockIdx.y} * p.x.batch + m) * p.partial_stride + output] = y;
-  });
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 // Invariant: as in skinny_plan.h, it follows from shapes, dtypes and constants, never from the device.
 #pragma once
 
-#include "device.h"
 #include "finish.h"
 #include "fixed_config.h"
 #include "split_plan.h"
@@ -14,7 +13,7 @@ namespace nmkern::cuda {
 // The least reduction that is worth a block, and what a block takes beside its steps, with each tile of
 // columns.
 constexpr int64_t kFixedLeastReduction = 256;
-constexpr int64_t kFixedBlockClocks = 1500, kFixedTileClocks = 1000;
+constexpr int64_t kFixedBlockClocks = 1500, kFixedTileClocks = 500;
 
 struct FixedPlan {
   FixedProduct product;
@@ -25,13 +24,7 @@ struct FixedPlan {
 
 // Whether the integers' kernel serves a call.
 inline bool is_fixed(const Dense& call) {
-  return call.batch <= kFixedRows && call.family != Family::normal && fixed_point_allowed();
-}
-
-// Digits of an element of x: three for one of 16 bits, unless a fourth takes no more tiles of columns.
-inline int digits_of(const Dense& call) {
-  const bool free = ceil_div(4 * call.batch, kByteColumns) == ceil_div(3 * call.batch, kByteColumns);
-  return free || call.x.dtype == Dtype::float32 ? 4 : 3;
+  return call.batch <= kFixedRows && call.family != Family::normal && call.fixed_point;
 }
 
 template <class C>
@@ -48,7 +41,6 @@ FixedPlan fixed_plan_of(const Dense& call) {
   FixedProduct& p = plan.product;
   plan.blocks_x = patches / C::kBlockPatches * C::kSlices;
   p.x = input_of(call, reduction_skip);
-  p.digits = digits_of(call);
   p.keys = round_keys(call.key, call.family);
   p.reduction_patch = uint32_t(in / Patch::kReduction);
   p.output_patch = uint32_t(out / C::kPatchOutputs);
@@ -57,8 +49,9 @@ FixedPlan fixed_plan_of(const Dense& call) {
   reduction.steps = p.steps;
   reduction.blocks = plan.blocks_x;
   reduction.round_blocks = kMultiprocessors;
-  reduction.step_clocks =
-      int64_t{C::kBlockOutputs} * C::kStep * generating_bytes(call.family) / (4 * 4 * kLanes);
+  // Or the tensor cores', by two thirds of the rate that they have with wgmma, which is assumed.
+  const int64_t clocks = std::max<int64_t>(generating_bytes(call.family), C::kTiles * 3 / 2);
+  reduction.step_clocks = int64_t{C::kBlockOutputs} * C::kStep * clocks / (4 * 4 * kLanes);
   reduction.block_clocks = kFixedBlockClocks + C::kTiles * kFixedTileClocks;
   reduction.split_bytes = 2 * 4 * call.batch * stride;
   reduction.least_steps = kFixedLeastReduction / C::kStep;
@@ -77,20 +70,15 @@ inline void place(FixedPlan& plan, void* scratch) {
   plan.finish.index = static_cast<unsigned char*>(scratch) + plan.partial_bytes;
 }
 
-// Calls use.template operator()<FixedConfig>() with the one that serves a call that is_fixed.
+// Calls use.template operator()<FixedConfig>() with the one that serves a call that is_fixed: of four digits,
+// or of three where that saves a tile, and a result of eight bits cannot tell.
 template <class Use>
 auto with_fixed_config(const Dense& call, const Use& use) {
   const auto of_family = [&]<Family family, bool transposed>() {
-    switch (ceil_div(call.batch * digits_of(call), kByteColumns)) {
-      case 1:
-        return use.template operator()<FixedConfig<family, transposed, 1>>();
-      case 2:
-        return use.template operator()<FixedConfig<family, transposed, 2>>();
-      case 3:
-        return use.template operator()<FixedConfig<family, transposed, 3>>();
-      default:
-        return use.template operator()<FixedConfig<family, transposed, 4>>();
-    }
+    if (call.batch <= 2) return use.template operator()<FixedConfig<family, transposed, 1>>();
+    if (call.batch <= 4) return use.template operator()<FixedConfig<family, transposed, 2>>();
+    if (call.x.dtype == Dtype::bfloat16) return use.template operator()<FixedConfig<family, transposed, 3>>();
+    return use.template operator()<FixedConfig<family, transposed, 4>>();
   };
   constexpr Family kUniform = Family::uniform, kRademacher = Family::rademacher;
   if (call.family == kUniform)

@@ -11,9 +11,6 @@
 #include "../../csrc/cuda/wide_plan.h"
 #include "skinny_cases.h"
 
-// On a host there is nothing to switch.
-bool nmkern::cuda::fixed_point_allowed() { return true; }
-
 namespace {
 
 // However large x is, its sums keep a GPU at work.

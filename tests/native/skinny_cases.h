@@ -249,8 +249,8 @@ void check_ranges(const Execute& execute, Family family, bool transposed, int64_
   });
 }
 
-// x of any size in a row of a few: integers may be off by 2^-26 of the row's largest (float32), or 2^-18 (16 bits),
-// which the codes multiply; the sum's two roundings, and what check_ranges allows a product of floats, are the rest.
+// x of any size in a row of a few: integers may be off by 2^-26 of the row's largest, or 2^-18 (bfloat16), which
+// the codes multiply; the sum's two roundings, and what check_ranges allows a product of floats, are the rest.
 template <class Execute>
 void check_few(const Execute& execute, Family family, bool transposed, Dtype dtype, int64_t batch) {
   std::mt19937_64 random(9);
@@ -261,7 +261,7 @@ void check_few(const Execute& execute, Family family, bool transposed, Dtype dty
     v = std::ldexp(float(int64_t(random() % (wide ? 0x1000000 : 0x200)) - (wide ? 0x800000 : 0x100)), size);
   }
   const int steps = transposed ? 1 : columns_per_word(family) / 4, most = family == Family::uniform ? 15 : 1;
-  const double bound = (4 + 2 * 2 * steps) * 0x1p-24, unit = wide ? 0x1p-26 : 0x1p-18;
+  const double bound = (4 + 2 * 2 * steps) * 0x1p-24, unit = dtype == Dtype::bfloat16 ? 0x1p-18 : 0x1p-26;
   check_values(execute, family, transposed, given, 5, batch,
                [&](double y, double exact, double magnitude, double largest) {
                  const double fixed = 13 * most * unit * largest;
@@ -339,10 +339,12 @@ int64_t check_all(const Execute& execute) {
         for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
           check_few(execute, family, transposed, dtype, batch);
         const Dtype dtype = batch % 3 == 1 ? Dtype::float32 : batch % 3 == 2 ? Dtype::bfloat16 : Dtype::float16;
-        // One split of several stages; where gains are given, outputs of several slices.
+        // One split, of several stages, and of more than integers' sums have room for.
         Case c{family, transposed, 5, 43, 4200, 20, batch, dtype};
         c.most_scratch = 0;
         run(c);
+        c.inputs = 70000, c.outputs = 9;
+        if (batch == 2 || batch == 6) run(c);
         run({family, transposed, 0, 0, 128, 600, batch, batch % 2 ? Dtype::bfloat16 : Dtype::float32, true});
         cases += 3;
       }
