@@ -191,6 +191,7 @@ void check_extremes(const Execute& execute, int64_t rows) {
 struct Inputs {
   Dtype dtype;
   Buffer<float> x, in_gain;
+  int64_t most_scratch = Dense{}.most_scratch;
 };
 
 // The product value by value, that of its magnitudes, and the largest of the row: compare(y, exact, magnitude,
@@ -205,6 +206,7 @@ void check_values(const Execute& execute, Family family, bool transposed, Inputs
   call.family = family;
   call.key = {5, 7};
   call.transposed = transposed;
+  call.most_scratch = given.most_scratch;
   const int64_t inputs = int64_t(x.size()) / batch;
   call.rows = transposed ? inputs : outputs, call.cols = transposed ? outputs : inputs;
   call.factor = 1;
@@ -270,6 +272,15 @@ void check_few(const Execute& execute, Family family, bool transposed, Dtype dty
                });
 }
 
+// So many equal ones that integers' sums would pass 2^31, were they not finished before. All of it is exact.
+template <class Execute>
+void check_many_equal(const Execute& execute, Family family) {
+  Inputs given{Dtype::float32, Buffer<float>(300000, 1.0f), {}, 0};
+  check_values(execute, family, true, given, 8, 1, [&](double y, double exact, double, double) {
+    if (y != exact) fail("many ones: " + std::to_string(y) + " for " + std::to_string(exact));
+  });
+}
+
 // Elements of 16 bits times a gain, of many sizes in one row: such a product is rounded to float32, then to
 // 11 bits, which is u = 2^-11 of it; all else as above, in one sum of single parts.
 template <class Execute>
@@ -333,7 +344,9 @@ int64_t check_all(const Execute& execute) {
     check(c, random, execute);
     ++cases;
   };
-  for (Family family : {Family::rademacher, Family::uniform})
+  for (Family family : {Family::rademacher, Family::uniform}) {
+    check_many_equal(execute, family);
+    ++cases;
     for (bool transposed : {false, true})
       for (int64_t batch = 1; batch <= 8; ++batch) {
         for (Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16})
@@ -348,6 +361,7 @@ int64_t check_all(const Execute& execute) {
         run({family, transposed, 0, 0, 128, 600, batch, batch % 2 ? Dtype::bfloat16 : Dtype::float32, true});
         cases += 3;
       }
+  }
   constexpr int64_t kFar = (int64_t{1} << 34) - 700;
   for (Family family : {Family::rademacher, Family::uniform, Family::normal})
     for (bool transposed : {false, true}) {
