@@ -15,7 +15,7 @@
 // q is what is rounded: uniform's by 2^-26 of the row's largest at most, of four digits, by 2^-18 of three
 // (rademacher 2^-27 and 2^-19, transposed 2^-30 and 2^-22; more where the largest is subnormal). Its sums are
 // exact, where those that tensor cores take in float32 lose at every addition what is below 2^-24 of the
-// largest term. A row that is not finite has no finite result.
+// largest term. An infinity gives infinities, but several in a row may, too, where they would cancel.
 // Rejected: x packed by a kernel before, which would be a launch more; a scale for each stage, whose sums
 // would be finished each for themselves: by an estimate half as many clocks as the loop takes, at eight rows.
 //
@@ -54,10 +54,13 @@ struct Power {
   }
 };
 
+constexpr uint32_t kInfinity = 0x7F800000;  // as bits; beyond are NaN
+
 // The exponent of what x is multiplied by, so that the largest of a row becomes an integer of as many bits as
 // digits have room for.
 template <class C>
 NMKERN_DEVICE int scale_exponent(uint32_t magnitude) {
+  if (magnitude == kInfinity) return 0;
   const int exponent = int(magnitude >> 23);
   return 8 * C::kDigits - 2 - C::Bytes::kMoreBits + 126 - (exponent < 1 ? 1 : exponent);
 }
@@ -123,9 +126,16 @@ struct Stage {
     if (speaks_for_row()) atomicMax(shared.magnitude + row(), most);
   }
 
-  // Its digits, and the sums of its integers, by the largest that is known.
-  NMKERN_DEVICE void store(int steps, const Shared<C>& shared) const {
-    const Power scale(scale_exponent<C>(shared.magnitude[row()]));
+  // Its digits, and the sums of its integers, by the largest that is known. Where that is infinite,
+  // infinities are counted: +-1 of all that is 0.
+  NMKERN_DEVICE void store(int steps, const Shared<C>& shared) {
+    const uint32_t largest = shared.magnitude[row()];
+    const Power scale(scale_exponent<C>(largest));
+    if (largest == kInfinity)
+#pragma unroll
+      for (auto& slots : value)
+#pragma unroll
+        for (float& v : slots) v = fabsf(v) == float_of(kInfinity) ? (v < 0 ? -1.0f : 1.0f) : 0.0f;
     const auto plus = [](uint32_t a, uint32_t b) { return a + b; };
     int64_t sum = 0;
 #pragma unroll
@@ -371,7 +381,8 @@ NMKERN_DEVICE void write_run(const FixedProduct& p, const Shared<C>& shared, con
   for (int i = 0; i < 4; ++i) {
     const int64_t sum = (run.v[i] * Code::kFactor >> C::Bytes::kShift) - whole * Code::kOffset;
     const float value = __fmul_rn(__fmul_rn(__ll2float_rn(sum), unit.first), unit.second);
-    const float here = magnitude < 0x7F800000 ? value : float_of(0x7FFFFFFF);
+    // A NaN for a NaN, and where infinities leave nothing: infinity times 0.
+    const float here = magnitude < kInfinity ? value : __fmul_rn(value, float_of(magnitude));
     y[i] = add ? __fadd_rn(y[i], here) : here;
   }
   store_four(to, y[0], y[1], y[2], y[3]);

@@ -110,6 +110,20 @@ def check_contexts_out_of_range():
     assert torch.equal(matmul(x, matrix, *banks, wrong), matmul(x, matrix, *banks, right))
 
 
+def check_infinities():
+    """One in a row gives what stored weights give; no weight is zero."""
+    for number, rows in enumerate((1, 3, 6, 9)):
+        for family in ("uniform", "rademacher"):
+            matrix, other = exact_matrix(family, 19, 45), exact_matrix(family, 45, 19).T
+            dtype = (torch.float32, torch.bfloat16, torch.float16)[number % 3]
+            x = integers((rows, 45), 1, generator(number), dtype)
+            x[rows // 2, 11] = float("-inf")
+            for used in (matrix, other):
+                want = (x.double() @ stored_weights(used).T).to(x.dtype)
+                assert want.isinf().sum() == 19
+                assert torch.equal(matmul(x, used), want), (rows, family)
+
+
 def check_gradients_of_gains():
     """Every kind of bank, with the product and without, other in any layout; a context out of range."""
     g = generator(4)
@@ -357,6 +371,7 @@ def main(path, stub):
         check_the_formula(library)
         check_tensors_of_any_layout()
         check_contexts_out_of_range()
+        check_infinities()
         check_gradients_of_gains()
         check_larger_batches(library)
         check_larger_batches_by_wgmma(library)
