@@ -99,7 +99,7 @@ struct Stage {
       load_vectors<uint16_t>(p, first, steps);
   }
 
-  // To `largest` of all that lanes have of the thread's row.
+  // What lanes have of the thread's row, joined.
   template <class Join>
   NMKERN_DEVICE static uint32_t over_row(uint32_t all, const Join& join) {
 #pragma unroll
@@ -443,25 +443,17 @@ __global__ void __launch_bounds__(C::kThreads, 1) fixed_kernel(const FixedProduc
   const int64_t left = p.steps - split_first;
   const int64_t split_end = split_first + (left < p.split_steps ? left : p.split_steps);
 
-  using Fixed = std::conditional_t<Patch::kTransposed, ColumnPart, RowPart>;
-  Fixed fixed[C::kGroups];
-#pragma unroll
-  for (int group = 0; group < C::kGroups; ++group) {
-    const uint32_t counter = p.output_patch + uint32_t(first_patch) + uint32_t(group * kQuads);
-    if constexpr (Patch::kTransposed)
-      fixed[group] = column_part(counter, p.keys);
-    else
-      fixed[group] = row_part(counter, p.keys);
-    keep(fixed[group]);
-  }
+  OutputPart<Patch> fixed[C::kGroups];
+  output_parts<Patch>(p.output_patch + uint32_t(first_patch), p.keys, fixed);
   await_previous();
 
   // As much of the reduction as sums have room for, of which the largest of rows come first.
 #pragma unroll 1
   for (int64_t begin = split_first; begin < split_end; begin += C::kSumSteps) {
     const int64_t end = split_end - begin < C::kSumSteps ? split_end : begin + C::kSumSteps;
-    __syncthreads();                                                           // rows' numbers have been read
-    if (thread_id() < 3 * int(kFixedRows)) shared.magnitude[thread_id()] = 0;  // and lower and upper
+    __syncthreads();  // what is known of rows has been read
+    // Of magnitude, lower and upper.
+    if (thread_id() < 3 * int(kFixedRows)) shared.magnitude[thread_id()] = 0;
     __syncthreads();
     Stage<C> stage;
     Sums<C> sums = {};

@@ -259,17 +259,8 @@ __global__ void __launch_bounds__(C::kThreads, 8 / C::kWarps) skinny_kernel(cons
   const int64_t left = p.steps - split_first;
   const int64_t split_end = split_first + (left < p.split_steps ? left : p.split_steps);
 
-  using Fixed = std::conditional_t<Patch::kTransposed, ColumnPart, RowPart>;
-  Fixed fixed[C::kGroups];
-#pragma unroll
-  for (int group = 0; group < C::kGroups; ++group) {
-    const uint32_t counter = p.output_patch + uint32_t(first_patch) + uint32_t(group * kQuads);
-    if constexpr (Patch::kTransposed)
-      fixed[group] = column_part(counter, p.keys);
-    else
-      fixed[group] = row_part(counter, p.keys);
-    keep(fixed[group]);
-  }
+  OutputPart<Patch> fixed[C::kGroups];
+  output_parts<Patch>(p.output_patch + uint32_t(first_patch), p.keys, fixed);
   float sums[C::kGroups][Patch::kTiles][C::kBatchTiles][4] = {};
   if constexpr (C::kTable) stage_table<C::kOperand, C::kThreads>(shared);
   await_previous();
