@@ -43,6 +43,11 @@ struct Amx {
   static NMKERN_INLINE void multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(X), "i"(W));
   }
+  // sum[m][n] += x[m][4k + i] * w[k][4n + i] over i < 4, x signed bytes and w unsigned
+  template <int Sum, int X, int W>
+  static NMKERN_INLINE void multiply_bytes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sum), "i"(X), "i"(W));
+  }
 };
 
 constexpr MatrixUnit kUnit = matrix_unit<Amx>();
@@ -54,10 +59,10 @@ const MatrixUnit* amx_unit() { return &kUnit; }
 // By CPUID, since compilers know other names or none; and Linux keeps tile registers from a process until it
 // has asked for them.
 bool amx_usable() {
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;     // of EDX
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // of EDX: bfloat16, tiles, int8
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTiles) &&
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kNeeded) == kNeeded &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 }  // namespace nmkern::cpu

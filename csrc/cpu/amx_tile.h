@@ -1,11 +1,11 @@
-// The dense tile kernels over a matrix unit, AMX: bfloat16 products, 8,192 of them an instruction.
+// The dense tile kernels over a matrix unit, AMX: 8,192 products of bfloat16 an instruction, or 16,384 of bytes.
 //
 //   sums[o, m] = sum_k W[o, k] * x[m, k]        o over the tile's outputs, see kernels.h
 //
 // Weights are exact in bfloat16, and so is a float32 as the sum of three of them (24 = 8 + 8 + 8 bits): a
 // float32 product is three products, at five times the peak of AVX-512's float32 multiplies. A decoded vector
 // of weights, 16 outputs of a pair of reduction steps each, is one row of a tile register on the B side; x
-// lies on the A side, a row of the batch a row of the register.
+// lies on the A side, a row of the batch a row of the register. Bytes are as the hash leaves them (bytes.h).
 //
 // Weights go through two panels in L1: while one is multiplied with every block of rows, the next is
 // generated, a word at a time between the products, which take nothing but their own unit. Two words at a
@@ -24,6 +24,7 @@
 #include <utility>
 
 #include "avx512_bf16.h"
+#include "bytes.h"
 
 namespace nmkern::cpu {
 namespace {
@@ -34,6 +35,7 @@ namespace {
 template <Family F>
 struct UnitCodec : Bf16Codec<F> {
   using typename Bf16Codec<F>::Weight, typename Bf16Codec<F>::Prepared;
+  static constexpr int elements = 2;  // of a step
 
   template <int Field>
   static NMKERN_INLINE Weight decode(const Prepared& word) {
@@ -49,7 +51,7 @@ struct UnitCodec : Bf16Codec<F> {
   static constexpr __mmask64 kOddBytes = 0xAAAAAAAAAAAAAAAA;
 };
 
-// The weights of a tile, kPanelSteps reduction steps (a panel) at a time. Forward, a panel is a run of
+// The weights of a tile, panel_steps(...) reduction steps (a panel) at a time. Forward, a panel is a run of
 // columns; transposed, of kTileWords patches of rows, and of each word four fields, a chunk.
 //
 // A word's hash is a chain of some 60 clocks and its decoding waits for that: words are hashed `ahead` of
@@ -69,9 +71,13 @@ class Panels {
   }
 
  public:
+  using Codec = C;
   static constexpr int chunks = Transposed ? C::columns / kVectors : 1;
+  static constexpr int together = 1;   // chunks that are generated at a time
+  static constexpr int64_t least = 1;  // words likewise, but at the end of a panel
   static constexpr int word_steps = Transposed ? C::patch_steps : C::forward_steps;
-  static_assert(!Transposed || kTileWords * word_steps == kPanelSteps);
+  static constexpr int64_t words = panel_steps(Transposed, C::elements) / word_steps;
+  static_assert(!Transposed || words == kTileWords);
 
   explicit Panels(const Tile& t)
       : t_(t), hash_(t.key, uint32_t(C::family), t.output_word), words_(static_cast<Words*>(t.words)) {
@@ -81,13 +87,15 @@ class Panels {
     }
   }
 
-  // The steps of word `i` of the reduction, a chunk of them.
-  NMKERN_INLINE void generate(int64_t i, int chunk, typename C::Weight* to) const {
-    const bool replace = chunk + 1 == chunks && i + kAhead < t_.reduction_words;
-    if (replace)
-      write<true>(i, chunk, to);
-    else
-      write<false>(i, chunk, to);
+  // The steps of words [i, i + count) of the reduction, a chunk of them.
+  NMKERN_INLINE void generate(int64_t i, int64_t count, int chunk, typename C::Weight* to) const {
+    for (const int64_t end = i + count; i < end; ++i, to += word_steps * kVectors) {
+      const bool replace = chunk + 1 == chunks && i + kAhead < t_.reduction_words;
+      if (replace)
+        write<true>(i, chunk, to);
+      else
+        write<false>(i, chunk, to);
+    }
   }
 
  private:
@@ -114,7 +122,9 @@ class Panels {
     if constexpr (!Transposed) unroll<4>([&](auto r) NMKERN_FLAT { prepared[r] = C::prepare(word[r]); });
     unroll<word_steps>([&](auto step) NMKERN_FLAT {
       typename C::Weight w[kVectors];
-      if constexpr (Transposed)
+      if constexpr (C::elements == 4)
+        C::decode_rows(w, word, chunk);
+      else if constexpr (Transposed)
         decode_step<S, C, 0, kVectors>(w, word, step, chunk);
       else
         unroll<4>([&](auto r) NMKERN_FLAT { w[r] = C::template decode<step>(prepared[r]); });
@@ -128,11 +138,11 @@ class Panels {
   }
 };
 
-// One panel, `steps` reduction steps from `x` on, with all rows of x; between the products, next(i) for i in
-// [0, words). Sums that are not `resident` are in memory between panels.
-template <class Unit, int Parts, class Weight, class Next>
-void multiply_panel(const Tile& t, const Weight* weights, const uint32_t* x, int64_t steps, float* sums,
-                    bool start, bool resident, bool end, int64_t words, Next&& next) {
+// One panel, `steps` reduction steps from `x` on, with all rows of x; between the products, next(first,
+// count), [0, words) in all. Sums that are not `resident` are in memory between panels.
+template <class Unit, int Parts, class P, class Next>
+void multiply_panel(const Tile& t, const typename P::Codec::Weight* weights, const uint32_t* x, int64_t steps,
+                    float* sums, bool start, bool resident, bool end, int64_t words, Next&& next) {
   const int64_t tile = t.block * kUnitSteps;  // elements of a register of sums or of x
   const int64_t items = t.batch / t.block * (steps / kUnitSteps);
   const auto load_sums = [&](auto v, const float* from) NMKERN_FLAT {
@@ -142,48 +152,65 @@ void multiply_panel(const Tile& t, const Weight* weights, const uint32_t* x, int
       Unit::template load<v>(from + v * tile, kUnitSteps * sizeof(float));
   };
   unroll<kVectors>([&](auto v) NMKERN_FLAT { load_sums(v, sums); });
-  int64_t made = 0, owed = 0;
+  int64_t left = items, made = 0, owed = 0;
   for (int64_t m = 0; m < t.batch; m += t.block, sums += kVectors * tile) {
     for (int64_t s = 0; s < steps; s += kUnitSteps, x += Parts * tile) {
       unroll<Parts>([&](auto p) NMKERN_FLAT {
         Unit::template load<kVectors + p>(x + p * tile, kUnitSteps * sizeof(*x));
       });
       unroll<kVectors>([&](auto v) NMKERN_FLAT {
-        Unit::template load<7>(weights + s * kVectors + v, kVectors * sizeof(Weight));
-        unroll<Parts>([&](auto p) NMKERN_FLAT { Unit::template multiply<v, kVectors + p, 7>(); });
+        Unit::template load<7>(weights + s * kVectors + v, kVectors * sizeof(*weights));
+        unroll<Parts>([&](auto p) NMKERN_FLAT {
+          if constexpr (P::Codec::elements == 4)
+            Unit::template multiply_bytes<v, kVectors + p, 7>();
+          else
+            Unit::template multiply<v, kVectors + p, 7>();
+        });
         // Sums go and the next come while other vectors' are at work: 5 to 8 % faster at 64 and 128 rows.
         if (s + kUnitSteps == steps) {
           if (end || !resident) Unit::template store<v>(sums + v * tile, kUnitSteps * sizeof(float));
           if (m + t.block < t.batch) load_sums(v, sums + kVectors * tile);
         }
       });
-      for (owed += words; owed >= items; owed -= items) next(made++);
+      owed += words;
+      if (--left > 0 && owed < P::least * items) continue;
+      int64_t due = 0;
+      for (; owed >= items; owed -= items) ++due;
+      if (due > 0) next(made, due);
+      made += due;
     }
   }
 }
 
-template <class Unit, int Parts, class C, class P>
+template <class Unit, int Parts, class P>
 void multiply_panels(const Tile& t, const P& panels, float* sums) {
-  using Weight = typename C::Weight;
-  constexpr int64_t kWords = kPanelSteps / P::word_steps;
+  using Weight = typename P::Codec::Weight;
+  constexpr int64_t kWords = P::words;
+  constexpr int64_t kPanel = kWords * P::word_steps * kVectors;
   auto* now = static_cast<Weight*>(t.scratch);
-  auto* then = now + kPanelSteps * kVectors;
+  auto* then = now + P::together * kPanel;
   const int64_t chunk_sums = t.batch * kVectors * kUnitSteps;
   const auto count = [&](int64_t begin) { return std::clamp<int64_t>(t.reduction_words - begin, 0, kWords); };
   const auto word = [](Weight* panel, int64_t i) { return panel + i * P::word_steps * kVectors; };
   // Sums of one block of rows and one chunk stay in the tile registers.
   const bool resident = t.batch == t.block && P::chunks == 1;
-  for (int64_t i = 0; i < count(0); ++i) panels.generate(i, 0, word(now, i));
+  panels.generate(0, count(0), 0, now);
   for (int64_t begin = 0; begin < t.reduction_words; begin += kWords) {
     const int64_t steps = count(begin) * P::word_steps;
     const auto* x = static_cast<const uint32_t*>(t.x) + begin * P::word_steps * t.batch * Parts;
-    for (int chunk = 0; chunk < P::chunks; ++chunk) {
-      const bool last = chunk + 1 == P::chunks;
+    for (int chunk = 0; chunk < P::chunks; chunk += P::together) {
+      const bool last = chunk + P::together == P::chunks;
       const int64_t following = last ? begin + kWords : begin;
       const int next_chunk = last ? 0 : chunk + 1;
-      multiply_panel<Unit, Parts>(
-          t, now, x, steps, sums + chunk * chunk_sums, begin == 0, resident, following >= t.reduction_words,
-          count(following), [&](int64_t i) { panels.generate(following + i, next_chunk, word(then, i)); });
+      for (int c = 0; c < P::together; ++c) {
+        const int64_t first = count(following) * c / P::together;
+        const int64_t share = count(following) * (c + 1) / P::together - first;
+        multiply_panel<Unit, Parts, P>(
+            t, now + c * kPanel, x, steps, sums + (chunk + c) * chunk_sums, begin == 0, resident,
+            following >= t.reduction_words, share, [&](int64_t i, int64_t some) NMKERN_FLAT {
+              panels.generate(following + first + i, some, next_chunk, word(then, first + i));
+            });
+      }
       std::swap(now, then);
     }
   }
@@ -203,8 +230,29 @@ void collect(const Tile& t, int64_t blocks, int stacked, const float* from) {
   }
 }
 
+// Integers: the digits of a block's rows lie below each other in one register.
+template <class Unit, class S>
+void run_digits(const Tile& t) {
+  Tile u = t;
+  u.block *= t.parts;
+  u.batch *= t.parts;
+  Unit::configure(int(u.block));
+  const auto run = [&](const auto& panels) {
+    multiply_panels<Unit, 1>(u, panels, t.chain);
+    collect_digits(t, std::remove_cvref_t<decltype(panels)>::chunks, reinterpret_cast<int32_t*>(t.chain));
+  };
+  using Uniform = ByteCodec<Family::uniform>;
+  using Rademacher = ByteCodec<Family::rademacher>;
+  if (t.family == Family::uniform)
+    t.transposed ? run(BytePanels<S, Uniform, true>(u)) : run(BytePanels<S, Uniform, false>(u));
+  else  // whose eight chunks at once are beyond L1: 284 clocks of four rows, and 222 one by one
+    t.transposed ? run(Panels<S, Rademacher, true>(u)) : run(BytePanels<S, Rademacher, false>(u));
+  Unit::release();
+}
+
 template <class Unit, class S, template <Family> class C>
 void run_on_unit(const Tile& t) {
+  if (t.fixed) return run_digits<Unit, S>(t);
   // Parts of few rows lie below each other in one register, which is one product for all.
   const int stacked = t.batch == t.block && t.parts * t.block <= kUnitRows ? t.parts : 1;
   Tile u = t;
@@ -217,11 +265,11 @@ void run_on_unit(const Tile& t) {
     using Codec = decltype(codec);
     const auto run = [&](const auto& panels) {
       if (u.parts == 1)
-        multiply_panels<Unit, 1, Codec>(u, panels, sums);
+        multiply_panels<Unit, 1>(u, panels, sums);
       else if (u.parts == 2)
-        multiply_panels<Unit, 2, Codec>(u, panels, sums);
+        multiply_panels<Unit, 2>(u, panels, sums);
       else
-        multiply_panels<Unit, 3, Codec>(u, panels, sums);
+        multiply_panels<Unit, 3>(u, panels, sums);
       const int chunks = std::remove_cvref_t<decltype(panels)>::chunks;
       if (t.chain) collect<S>(t, t.batch / t.block * chunks, stacked, sums);
     };
@@ -299,11 +347,11 @@ void untile(const float* sums, int64_t chunk_stride, int64_t vector_stride, int6
 }
 
 // Tile::scratch has room for two panels.
-static_assert(2 * kPanelSteps * kVectors * int64_t{sizeof(__m512i)} <= tile_bytes<Avx512>());
+static_assert(2 * panel_steps(false, 2) * kVectors * int64_t{sizeof(__m512i)} <= tile_bytes<Avx512>());
 
 template <class Unit>
 constexpr MatrixUnit matrix_unit() {
-  return {run_on_unit<Unit, Avx512, UnitCodec>, pack, untile};
+  return {run_on_unit<Unit, Avx512, UnitCodec>, pack, largest, pack_digits, untile};
 }
 
 }  // namespace

@@ -6,7 +6,8 @@
 // Invariant: an output, or a gain's gradient, is summed by one task in an order that the shape fixes.
 #include "dense.h"
 
-#include "by_unit.h"
+#include "by_digits.h"
+#include "by_parts.h"
 #include "by_vectors.h"
 
 namespace nmkern::cpu {
@@ -84,8 +85,12 @@ void multiply(Way way) {
 
 void dense_product(const Dense& call, const Runtime& runtime) {
   if (call.batch == 0) return;
-  if (const int parts = ByUnit::parts_of(call))
-    multiply(ByUnit(call, runtime, parts));
+  if (const int digits = ByDigits::digits_of(call)) {
+    const ByDigits way(call, runtime, digits);
+    if (way.finite) return multiply(way);
+  }
+  if (const int parts = ByParts::parts_of(call))
+    multiply(ByParts(call, runtime, parts));
   else
     multiply(ByVectors(call, runtime));
 }

@@ -35,6 +35,11 @@ constexpr int tile_steps(bool transposed, bool bf16) { return transposed && bf16
 // Words of every lane that are at hand at a time.
 constexpr int kTileWords = 32;
 
+// A row of x as integers q, times the scale: sum_k x[k] * code[n, k] = scale * (2 * sum_k q[k] * field[n, k] - offset)
+struct FixedRow {
+  double scale, offset;
+};
+
 struct Tile {
   Family family;
   Key key;
@@ -59,6 +64,7 @@ struct Tile {
   // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch
   // rows, needed where they are or where the parts of all rows fit one register.
   int parts;
+  const FixedRow* fixed;  // [batch], where they are digits
   bool more;
   float* chain;
 };
@@ -101,9 +107,10 @@ struct FlyKernels {
                    const float* d_logits, const float* weights, int64_t classes, bool add, float* products);
 };
 
-// Multiplies blocks of up to kUnitRows rows of bfloat16 pairs by tiles of weights. A row is the sum of up to
-// three rows of bfloat16, its parts: 8 bits each, 24 are a float32. Tile::x is then
-//   [runs of kPanelSteps reduction steps][blocks of rows][groups of kUnitSteps steps][parts][rows][steps]
+// Multiplies blocks of up to kUnitRows rows by tiles of weights. A step of the reduction is a pair of bfloat16 or
+// four bytes. A row of x is the sum of up to three rows of bfloat16, its parts: 8 bits each, 24 are a float32; or
+// of up to four rows of integers, its digits in base 256. Tile::x is then
+//   [runs of panel_steps(...) steps][blocks of rows][groups of kUnitSteps steps][parts][rows][steps]
 // where every block has Tile::block rows, Tile::batch is a multiple of that, and all steps are of kUnitSteps.
 struct MatrixUnit {
   void (*run)(const Tile& tile);
@@ -112,6 +119,11 @@ struct MatrixUnit {
   // and kLarge if any is kTiny or larger, or a NaN: the smallest bfloat16 count as zero in the unit.
   uint8_t (*pack)(const float* row, int64_t steps, int group, int parts, float scale, uint32_t* to,
                   int64_t rows);
+  // The largest magnitude of a row, as bits: infinity and NaN are the largest.
+  uint32_t (*largest)(const float* row, int64_t count);
+  // row[4 * steps] times 2^exponent, rounded to integers, as a row of a block of `rows`; returns their sum.
+  int64_t (*pack_digits)(const float* row, int64_t steps, Family family, bool transposed, int digits, int exponent,
+                         uint32_t* to, int64_t rows);
   // row[lane * vectors + v] = factor * sums[v][lane], for a row of a block of sums: vector v is at
   // v / kVectors * chunk_stride + v % kVectors * vector_stride.
   void (*untile)(const float* sums, int64_t chunk_stride, int64_t vector_stride, int64_t vectors,
@@ -119,8 +131,11 @@ struct MatrixUnit {
 };
 
 constexpr int kUnitRows = 16;   // of x in a tile register
-constexpr int kUnitSteps = 16;  // pairs of reduction steps in one
-constexpr int kPanelSteps = 64;
+constexpr int kUnitSteps = 16;  // steps in one
+// Steps whose weights are made at a time; `elements` of the reduction a step.
+constexpr int panel_steps(bool transposed, int elements) {
+  return transposed ? kTileWords * kRowsPerPatch / elements : 64;
+}
 constexpr float kTiny = 0x1p-64f;
 constexpr uint8_t kNonzero = 1, kLarge = 2;
 

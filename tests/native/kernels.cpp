@@ -201,6 +201,8 @@ int main() {
     // More than one part of the rows, and for a matrix unit blocks of the reduction and groups of tiles.
     check_dense(Family::uniform, false, 130, Dtype::float32, 600, 1500);
     check_dense(Family::uniform, true, 130, Dtype::float32, 1500, 1200);
+    // Rows of so many columns that not all are packed at a time.
+    check_dense(Family::uniform, false, 9, Dtype::bfloat16, 3, 1 << 20);
     std::puts(k->name);
   }
 }

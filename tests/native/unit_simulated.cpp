@@ -46,6 +46,18 @@ struct SimulatedUnit {
   static void multiply() {
     multiply(Sum, X, W);
   }
+  template <int Sum, int X, int W>
+  static void multiply_bytes() {
+    multiply_bytes(Sum, X, W);
+  }
+  static void multiply_bytes(int sum_at, int x, int w) {
+    require(rows_of[sum_at] == rows_of[x] && rows_of[w] == 16);
+    for (int m = 0; m < rows_of[sum_at]; ++m)
+      for (int n = 0; n < 16; ++n)
+        for (int k = 0; k < 16; ++k)
+          for (int i = 0; i < 32; i += 8)
+            tiles[sum_at][m][n] += uint32_t(int8_t(tiles[x][m][k] >> i) * uint8_t(tiles[w][k][n] >> i));
+  }
   static void multiply(int sum_at, int x, int w) {
     require(rows_of[sum_at] == rows_of[x] && rows_of[w] == 16);
     const auto half = [](uint32_t pair, int h) { return normal(from_bfloat16(uint16_t(pair >> (16 * h)))); };

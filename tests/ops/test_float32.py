@@ -74,6 +74,42 @@ def test_float32_has_its_digits_whatever_its_size(backend, rows, transposed):
     assert torch.equal(modulated_linear(x * size, matrix), modulated_linear(x, matrix) * size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 9, 21])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_rows_of_extremes(backend, rows, transposed, dtype):
+    """Elements as large as their row's largest, in every pattern of signs that neighbours may have.
+
+    Kernels that multiply integers have room for those and not for more.
+    """
+    for family in FAMILIES:
+        matrix = RandomMatrix(*((264, 70) if transposed else (70, 264)), seed=4, family=family)
+        matrix = matrix.T if transposed else matrix
+        most = 2 - torch.finfo(dtype).eps  # all bits of the significand are ones
+        signs = torch.ones(6, 264)
+        signs[1], signs[2, ::2], signs[3, 1::2], signs[4, ::8], signs[5, 16::32] = -1, -1, -1, -1, -1
+        x = (most * signs).repeat(4, 1)[:rows].to(dtype)
+        want = x.double() @ stored_weights(matrix).T
+        bound = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2 * 1.01  # the result's rounding
+        assert (modulated_linear(x, matrix).double() - want).norm() <= bound * want.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 21])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_an_outlier_costs_no_accuracy(backend, rows, transposed):
+    """The house bound where one element of a row is as large as all others together, or larger."""
+    if backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("the interpreter multiplies in float32, without the parts that this is about")
+    for family in FAMILIES:
+        matrix = RandomMatrix(*((8192, 20) if transposed else (20, 8192)), seed=4, family=family)
+        matrix = matrix.T if transposed else matrix
+        x = normals((rows, 8192), generator(1))
+        x[:, 77] = torch.tensor([8192.0, -(2.0**20), 100, 1e30, 2.0**17]).repeat(5)[:rows]
+        want = x.double() @ stored_weights(matrix).T
+        error = (modulated_linear(x, matrix).double() - want).norm(dim=1) / want.norm(dim=1)
+        assert error.max() <= 2e-6, error
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy in Triton's interpreter
 def test_any_nan_of_float32_is_one_in_the_result(backend):
     """Also one whose payload lies in the bits that the first of its bfloat16 parts has not."""
