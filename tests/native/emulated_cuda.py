@@ -31,12 +31,13 @@ from formula import (
 )
 
 import nmkern
+from native import emulated_library
+from native.emulated_library import CUDA
 from nmkern import RandomMatrix, stream
 from nmkern.backends import cuda, packed, primitives, triton
 
 MATMUL = primitives.overload("cuda", "modulated_matmul")
 GAIN_GRAD = primitives.overload("cuda", "modulated_matmul_gain_grad")
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 SMALL_ROWS = 16  # as Hopper's
@@ -303,11 +304,9 @@ def check_packed_calls_are_handed_on(library):
 
 def check_through_the_public_operator(library):
     """Gradients, and one compiled graph for batches on both sides of the border. On CPU tensors, forced."""
-    for primitive, op in (("modulated_matmul", MATMUL), ("modulated_matmul_gain_grad", GAIN_GRAD)):
-        primitives.LIBRARY.impl(f"cuda_{primitive}", partial(op.redispatch, CUDA), "CPU")
+    for primitive in ("modulated_matmul", "modulated_matmul_gain_grad"):
         launcher = triton.launcher(primitive)  # check_larger_batches left another
         primitives.LIBRARY.impl(f"triton_{primitive}", launcher, "CPU", allow_override=True)
-    cuda.refusal = lambda *_: None
     matrix = exact_matrix("uniform", 21, 50)
     graphs = []
 
@@ -315,7 +314,7 @@ def check_through_the_public_operator(library):
         graphs.append(graph)
         return graph.forward
 
-    with nmkern.use_backend("cuda"):
+    with emulated_library.serving():
         compiled = torch.compile(nmkern.modulated_linear, fullgraph=True, dynamic=True, backend=counted)
         for number, rows in enumerate((5, 20, 9, 16, 17)):
             g = generator(number)
@@ -357,10 +356,7 @@ def check_errors(library):
 
 
 def main(path, stub):
-    torch.ops.load_library(path)
-    library = ctypes.CDLL(path)
-    library.emulated_calls.restype = library.emulated_launches.restype = ctypes.c_int64
-    cuda._load = lambda: (library, None)
+    library = emulated_library.opened(path)
     if stub == "none":
         with pytest.raises(RuntimeError, match="this PyTorch was built without CUDA"):
             matmul(torch.ones(4, 12), exact_matrix("uniform", 7, 12))

@@ -1,18 +1,17 @@
 """FlyNet's share of emulated_cuda.py."""
 
-from functools import partial
-
 import pytest
 import torch
 from formula import generator, integers, stored_weights
 
 import nmkern
+from native import emulated_library
+from native.emulated_library import CUDA
 from nmkern import RandomMatrix, stream
 from nmkern.backends import primitives, triton
 
 LOGITS = primitives.overload("cuda", "flynet_logits")
 GAIN_GRAD = primitives.overload("cuda", "flynet_gain_grad")
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 UNITS = 128  # a power of two, so that the mean is exact
 
 
@@ -84,8 +83,7 @@ def check_what_has_no_room(library):
 
 
 def check_through_the_public_operator(library):
-    for primitive, op in (("flynet_logits", LOGITS), ("flynet_gain_grad", GAIN_GRAD)):
-        primitives.LIBRARY.impl(f"cuda_{primitive}", partial(op.redispatch, CUDA), "CPU")
+    for primitive in ("flynet_logits", "flynet_gain_grad"):
         launcher = triton.launcher(primitive)
         primitives.LIBRARY.impl(f"triton_{primitive}", launcher, "CPU", allow_override=True)
     encoder, decoder = network()
@@ -94,7 +92,7 @@ def check_through_the_public_operator(library):
     gain = (2 * torch.randint(2, (UNITS,), generator=g) - 1).float()
     want, want_grad = expected(x, gain, None, encoder, decoder, d_logits)
     before = library.emulated_calls()
-    with nmkern.use_backend("cuda"):
+    with emulated_library.serving():
         leaf = gain.clone().requires_grad_()
         y = nmkern.flynet(x, encoder, decoder, gain=leaf)
         grad = torch.autograd.grad(y, leaf, d_logits)[0]

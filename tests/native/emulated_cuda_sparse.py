@@ -1,17 +1,16 @@
 """The sparse projection's share of emulated_cuda.py."""
 
-from functools import partial
-
 import pytest
 import torch
 from formula import generator, integers, stored_weights
 
 import nmkern
+from native import emulated_library
+from native.emulated_library import CUDA
 from nmkern import RandomMatrix
 from nmkern.backends import cuda, primitives, triton
 
 OP = primitives.overload("cuda", "sparse_matmul")
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def project(x, matrix):
@@ -67,7 +66,6 @@ def check_what_has_no_room(library):
 
 
 def check_through_the_public_operator(library):
-    primitives.LIBRARY.impl("cuda_sparse_matmul", partial(OP.redispatch, CUDA), "CPU")
     primitives.LIBRARY.impl(
         "triton_sparse_matmul", triton.launcher("sparse_matmul"), "CPU", allow_override=True
     )
@@ -75,7 +73,7 @@ def check_through_the_public_operator(library):
     g = generator(3)
     x, dy = integers((9, 47), 2, g).requires_grad_(), integers((9, 19), 2, g)
     before = library.emulated_calls()
-    with nmkern.use_backend("cuda"):
+    with emulated_library.serving():
         y = nmkern.sparse_project(x, matrix)
         grad = torch.autograd.grad(y, x, dy)[0]
     assert library.emulated_calls() == before + 2
@@ -100,7 +98,6 @@ def check_errors(library):
 
 
 def check_all(library):
-    cuda._declare(library)
     check_the_formula(library)
     check_what_has_no_room(library)
     check_through_the_public_operator(library)
