@@ -1,7 +1,9 @@
 """What the whole suite shares: the backends it runs on, hypothesis' settings, and the rule on random state.
 
-A test that takes the ``backend`` fixture runs once on the reference and once on every instruction set
-of the cpu backend, unchanged. Where one cannot run, the test is skipped with the backend's own reason.
+A test that takes the ``backend`` fixture runs once on the reference, once on every instruction set of the
+cpu backend and once on Triton's interpreter, unchanged; with ``--ptx`` on PTX, as Triton compiled it in place
+of the interpreter, and as nvcc compiled the cuda backend. Where one cannot run, the test is skipped with the
+backend's own reason.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from native import emulated_library
 
 import nmkern
 from nmkern.backends import cpu, triton
@@ -43,7 +46,9 @@ settings.load_profile("nmkern")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--ptx", type=int, help="run what Triton compiles for this GPU (80, 90), on the CPU")
+    parser.addoption(
+        "--ptx", type=int, help="run what Triton and nvcc compile for this GPU (80, 90), on the CPU"
+    )
 
 
 def pytest_configure(config):
@@ -63,7 +68,25 @@ torch.set_num_threads(1)  # workers of xdist share the cores; tests of threads s
 BACKENDS = ("reference", *(f"cpu-{isa}" for isa in cpu.ISAS), "triton")
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        compiled = ("cuda",) if metafunc.config.getoption("ptx") else ()
+        metafunc.parametrize("backend", [*BACKENDS, *compiled], indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that passes on the cuda backend has been served by its library."""
+    if "callspec" not in vars(item) or item.callspec.params.get("backend") != "cuda":
+        return (yield)
+    library = emulated_library.load(item.config.getoption("ptx"))
+    before = library.emulated_calls()
+    result = yield
+    assert library.emulated_calls() > before, "no call reached the library for CUDA"
+    return result
+
+
+@pytest.fixture
 def backend(request):
     """Forces a backend and, for cpu, an instruction set; the name of the backend."""
     with _forced(request) as name:
@@ -80,6 +103,13 @@ def backend_once(request):
 @contextlib.contextmanager
 def _forced(request):
     name, _, isa = request.param.partition("-")
+    if name == "cuda":
+        if (reason := emulated_library.refusal()) is not None:
+            pytest.skip(f"cuda: {reason}")
+        emulated_library.load(request.config.getoption("ptx"))
+        with emulated_library.serving():
+            yield name
+        return
     if name == "triton" and (reason := triton.refusal("uniform", torch.float32, "cpu")):
         pytest.skip(f"triton: {reason}")
     if name != "cpu":
@@ -103,8 +133,13 @@ def _forced(request):
 
 @pytest.fixture
 def gain_rounding(backend, request):
-    """What a product of x and in_gain is rounded by, of itself: kernels for GPUs multiply it in float16."""
-    return 2.0**-11 if backend == "triton" and request.config.getoption("ptx") else 0.0
+    """What a product of in_gain and an x of 16 bits is rounded by, of itself.
+
+    Kernels for GPUs hold it as one float16, of a row that is scaled: see pack.cu. (What the cuda backend
+    multiplies as integers, of at most eight rows, it holds as more.)
+    """
+    compiled = backend == "cuda" or (backend == "triton" and request.config.getoption("ptx"))
+    return 2.0**-11 if compiled else 0.0
 
 
 @pytest.fixture
@@ -112,13 +147,13 @@ def few(backend):
     """A function that thins out the cases of a test for Triton's interpreter: ``few(cases, one_in)``.
 
     A call takes 0.1 s there, most of it Python, where other backends take microseconds. What is left
-    still has every kind of argument, by ``start``.
+    still has every kind of argument, by ``start``. PTX of nvcc takes milliseconds for a small call, and is
+    given all cases, but where they are large: one in ``cuda``.
     """
-    interpreted = backend == "triton"
 
-    def thin(cases, one_in, start=0):
-        cases = list(cases)
-        return cases[start % one_in :: one_in] if interpreted else cases
+    def thin(cases, one_in, start=0, cuda=1):
+        cases, one_in = list(cases), {"triton": one_in, "cuda": cuda}.get(backend, 1)
+        return cases[start % one_in :: one_in]
 
     return thin
 

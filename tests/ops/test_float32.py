@@ -42,7 +42,7 @@ def test_float32_error_at_k_8192(backend, family, transposed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
-def test_float32_error_of_a_long_sum(backend, family, transposed):
+def test_float32_error_of_a_long_sum(backend, few, family, transposed):
     """The same bound at K = 2^17, where one chain of additions errs by 6.4e-6.
 
     A kernel that adds up runs of R <= 1024 steps apart, and then their sums, errs by at most
@@ -53,7 +53,7 @@ def test_float32_error_of_a_long_sum(backend, family, transposed):
     matrix = RandomMatrix(*((2**17, 20) if transposed else (20, 2**17)), seed=4, family=family)
     matrix = matrix.T if transposed else matrix
     x = normals((14, 2**17), generator(1))
-    for rows in (x, x[:2], x[:1]):
+    for rows in few((x, x[:2], x[:1]), 1, start=FAMILIES.index(family) + transposed, cuda=3):
         want = rows.double() @ stored_weights(matrix).T
         error = (modulated_linear(rows, matrix).double() - want).norm() / want.norm()
         assert error <= 2e-6, (len(rows), error)

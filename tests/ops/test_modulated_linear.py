@@ -89,8 +89,8 @@ def test_the_identity_gives_the_weights(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_identity_gives_the_weights_of_a_matrix_of_many_tiles(backend, family):
     whole = RandomMatrix(400_003, 300_007, seed=3, family=family)  # 1.2e11 elements
-    # Two tiles each way are enough for the interpreter, where this would take a minute.
-    rows, cols = (259, 1030) if backend != "triton" else (259, 3)
+    # Two tiles each way are enough for the interpreter, where this would take a minute, and for PTX.
+    rows, cols = 259, {"triton": 3, "cuda": 300}.get(backend, 1030)
     matrix = whole[-rows:, -cols:]
     want = matrix.materialize()
     assert torch.equal(modulated_linear(torch.eye(cols), matrix).T, want)
@@ -196,6 +196,8 @@ def test_a_batch_larger_than_any_scratch(backend, threads):
     """
     if backend == "triton":
         pytest.skip("the interpreter takes minutes; test_a_batch_in_parts bounds the scratch instead")
+    if backend == "cuda":
+        pytest.skip("its scratch is larger; tests/native/skinny_cases.h bounds it instead")
     threads(2, backend)
     g = generator(0)
     matrix = exact_matrix("rademacher", 3, 2**16)
@@ -204,13 +206,13 @@ def test_a_batch_larger_than_any_scratch(backend, threads):
     check_exactly(x, matrix, {**named, "context": torch.randint(T, (70,), generator=g)}, dy)
 
 
-def test_a_batch_of_more_rows_than_a_tile_is_generated_for(backend, threads):
+def test_a_batch_of_more_rows_than_a_tile_is_generated_for(backend, threads, few):
     """530 rows with many tiles in both directions; every sum is at most M * N = 1.2e6 < 2^24."""
     if backend == "triton":
         pytest.skip("the interpreter takes minutes; its tiles hold few rows in any case")
     threads(2, backend)
     g = generator(0)
-    for n, k in ((2100, 66), (66, 2100)):
+    for n, k in few(((2101, 66), (66, 2100)), 1, cuda=2):
         x, dy = integers((530, k), 1, g), integers((530, n), 1, g)
         context = torch.randint(T, (530,), generator=g)
         named = {"in_gain": signs((T, k), g), "out_gain": signs((T, n), g), "context": context}
@@ -225,9 +227,10 @@ def test_a_product_that_is_cut_in_every_direction(backend, threads, dtype, trans
     if backend == "triton":
         pytest.skip("the interpreter takes minutes; its tiles are small in any case")
     threads(2, backend)
-    matrix = exact_matrix("uniform", *((2600, 1100) if transposed else (1100, 2600)))
+    n, k = (500, 900) if backend == "cuda" else (1100, 2600)
+    matrix = exact_matrix("uniform", *((k, n) if transposed else (n, k)))
     matrix = matrix.T if transposed else matrix
-    x = integers((270, 2600), 3, generator(1), dtype)
+    x = integers((270, k), 3, generator(1), dtype)
     same_bits(modulated_linear(x, matrix), x.double() @ stored_weights(matrix).T)
 
 
@@ -300,7 +303,7 @@ def test_every_float16_is_read_and_rounded_to(backend):
     """Each of the 2^16 values times a sign; and what lies at, beside and beyond the middle of two of them."""
     matrix = exact_matrix("rademacher", 1, 1)
     sign = matrix.materialize().item()
-    step = 61 if backend == "triton" else 1  # its interpreter takes minutes for all of them
+    step = {"triton": 61, "cuda": 7}.get(backend, 1)  # the interpreter takes minutes for all of them
     every = torch.arange(-(2**15), 2**15, step, dtype=torch.int16).view(torch.float16)[:, None]
     y = modulated_linear(every, matrix)
     assert torch.equal(y.isnan(), every.isnan())
