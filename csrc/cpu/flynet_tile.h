@@ -7,37 +7,43 @@
 namespace nmkern::cpu {
 namespace {
 
-// max(0, factor * sum over a unit's columns k: x[k][lane] - mean[lane]), from column `lane` of S::lanes
+// Hidden units that are summed side by side: a step of 784 -> 7840 at batch 128 on one thread of an Emerald Rapids
+// takes 2.5 ms; one by one 2.8, eight 2.5.
+constexpr int kUnits = 4;
+
+// max(0, factor * sum over a unit's columns k: x[k][lane] - mean[lane])
 template <class S>
-struct HiddenUnit {
+struct HiddenUnits {
   const int64_t fan_in;
   const float* const x;
   const Batch<S> center;
   const typename S::F scale;
 
-  HiddenUnit(int64_t drawn, const float* rows, const float* mean, float factor)
+  HiddenUnits(int64_t drawn, const float* rows, const float* mean, float factor)
       : fan_in(drawn), x(rows), center(Batch<S>::load(mean)), scale(S::broadcast(&factor)) {}
 
-  NMKERN_INLINE Batch<S> operator()(const uint32_t* column) const {
-    auto sum = Batch<S>::load(x + int64_t{*column} * kBatch);
-    for (int64_t s = 1; s < fan_in; ++s)
-      sum += Batch<S>::load(x + int64_t{column[s * S::lanes]} * kBatch);
-    unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT {
-      sum.part[i] = S::relu(S::subtract(S::multiply(sum.part[i], scale), center.part[i]));
+  // Units of a group from number h on, none beyond S::lanes that begin at a multiple of as many.
+  template <int Units>
+  NMKERN_INLINE void operator()(Batch<S> (&hidden)[Units], const uint32_t* group, int64_t h) const {
+    sum_rows<S, Units>(hidden, group + h / S::lanes * S::lanes * fan_in + h % S::lanes, fan_in, x);
+    unroll<Units>([&](auto u) NMKERN_FLAT {
+      unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
+        auto& part = hidden[u].part[p];
+        part = S::relu(S::subtract(S::multiply(part, scale), center.part[p]));
+      });
     });
-    return sum;
-  }
-  // The columns of unit h of a group.
-  const uint32_t* columns(const uint32_t* group, int64_t h) const {
-    return group + h / S::lanes * S::lanes * fan_in + h % S::lanes;
   }
 };
 
 template <class S>
 void fly_hidden(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean,
                 float factor, float* hidden) {
-  const HiddenUnit<S> unit(fan_in, x, mean, factor);
-  for (int64_t h = 0; h < kSparseRows; ++h) unit(unit.columns(columns, h)).store(hidden + h * kBatch);
+  const HiddenUnits<S> units(fan_in, x, mean, factor);
+  for (int64_t h = 0; h < kSparseRows; h += kUnits) {
+    Batch<S> value[kUnits];
+    units(value, columns, h);
+    unroll<kUnits>([&](auto u) NMKERN_FLAT { value[u].store(hidden + (h + u) * kBatch); });
+  }
 }
 
 template <class S>
@@ -79,18 +85,24 @@ void fly_readout(const float* hidden, const float* gain, const float* weights, i
 template <class S>
 void fly_logits(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean, float factor,
                 const float* gain, const float* weights, int64_t units, int64_t classes, float* sums) {
-  const HiddenUnit<S> unit(fan_in, x, mean, factor);
+  const HiddenUnits<S> hidden(fan_in, x, mean, factor);
   with_rows<kFlyClasses<S>>(int(classes), [&](auto n) NMKERN_FLAT {
     constexpr int kNow = decltype(n)::value;
     Batch<S> sum[kNow];
     unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i] = Batch<S>::load(sums + i * kBatch); });
-    for (int64_t h = 0; h < units; ++h)
-      add_readout<S, kNow>(sum, weights + h * classes, unit(unit.columns(columns, h)), gain + h);
+    const auto add = [&](int64_t h, auto number) NMKERN_FLAT {
+      Batch<S> value[number];
+      hidden(value, columns, h);
+      unroll<number>([&](auto u) NMKERN_FLAT {
+        add_readout<S, kNow>(sum, weights + (h + u) * classes, value[u], gain + h + u);
+      });
+    };
+    int64_t h = 0;
+    for (; h + kUnits <= units; h += kUnits) add(h, std::integral_constant<int, kUnits>{});
+    for (; h < units; ++h) add(h, std::integral_constant<int, 1>{});
     unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i].store(sums + i * kBatch); });
   });
 }
-
-constexpr int kUnits = 4;  // chains of dependent sums that run side by side
 
 // sum[unit][lane] += sum over classes: weights[unit][class] * d_logits[class][lane]
 template <class S>
@@ -111,18 +123,18 @@ NMKERN_INLINE void pull_back(Batch<S> (&sum)[kUnits], const float* d_logits, con
 template <class S>
 void fly_products(const uint32_t* columns, int64_t fan_in, const float* x, const float* mean, float factor,
                   const float* d_logits, const float* weights, int64_t classes, bool add, float* products) {
-  const HiddenUnit<S> unit(fan_in, x, mean, factor);
-  for (int64_t h = 0; h < kSparseRows; h += kUnits, weights += kUnits * classes) {
-    Batch<S> sum[kUnits] = {};
-    pull_back<S>(sum, d_logits, weights, classes);
+  const HiddenUnits<S> hidden(fan_in, x, mean, factor);
+  for (int64_t h = 0; h < kSparseRows; h += kUnits) {
+    Batch<S> sum[kUnits] = {}, value[kUnits];
+    pull_back<S>(sum, d_logits, weights + h * classes, classes);
+    hidden(value, columns, h);
     unroll<kUnits>([&](auto u) NMKERN_FLAT {
-      auto value = unit(unit.columns(columns, h + u));
       unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT {
-        value.part[p] = S::multiply(value.part[p], sum[u].part[p]);
+        value[u].part[p] = S::multiply(value[u].part[p], sum[u].part[p]);
       });
       float* to = products + (h + u) * kBatch;
-      if (add) value += Batch<S>::load(to);
-      value.store(to);
+      if (add) value[u] += Batch<S>::load(to);
+      value[u].store(to);
     });
   }
 }

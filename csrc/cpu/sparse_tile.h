@@ -49,27 +49,40 @@ void draw(const SparseRows& rows, uint32_t* columns) {
   }
 }
 
+// sum[i][lane of the batch] = sum over the columns k of row i: x[k][lane], for Rows rows side by side: 784 -> 7840 at
+// batch 128 on one thread of an Emerald Rapids takes 0.62 ms, row by row 0.71.
+template <class S, int Rows>
+NMKERN_INLINE void sum_rows(Batch<S> (&sum)[Rows], const uint32_t* columns, int64_t fan_in, const float* x) {
+  const auto of = [&](int i) NMKERN_FLAT { return Batch<S>::load(x + int64_t{columns[i]} * kBatch); };
+  unroll<Rows>([&](auto i) NMKERN_FLAT { sum[i] = of(i); });
+  for (int64_t s = 1; s < fan_in; ++s) {
+    columns += S::lanes;
+    unroll<Rows>([&](auto i) NMKERN_FLAT { sum[i] += of(i); });
+  }
+}
+
 // y[lane of the batch][row] = factor * sum over the row's columns k: x[k][lane]
 template <class S>
 void gather(const uint32_t* columns, int64_t fan_in, const float* x, float factor, float* y, int64_t stride) {
+  constexpr int kNow = S::lanes == kBatch ? kBatch : 4;
   const auto scale = S::broadcast(&factor);
-  const auto sum_of = [&](int lane) NMKERN_FLAT {
-    auto sum = Batch<S>::load(x + int64_t{columns[lane]} * kBatch);
-    for (int64_t s = 1; s < fan_in; ++s)
-      sum += Batch<S>::load(x + int64_t{columns[s * S::lanes + lane]} * kBatch);
-    unroll<Batch<S>::kParts>([&](auto i) NMKERN_FLAT { sum.part[i] = S::multiply(sum.part[i], scale); });
-    return sum;
-  };
   for (int64_t first = 0; first < kSparseRows; first += S::lanes, columns += fan_in * S::lanes) {
-    if constexpr (S::lanes == kBatch) {  // a square that never leaves the registers
-      typename S::F rows[kBatch];
-      unroll<kBatch>([&](auto lane) NMKERN_FLAT { rows[lane] = sum_of(lane).part[0]; });
-      S::transpose(rows, y + first, stride);
-    } else {
-      alignas(64) float rows[S::lanes][kBatch];
-      for (int lane = 0; lane < S::lanes; ++lane) sum_of(lane).store(rows[lane]);
-      S::template transpose<kBatch>(rows[0], y + first, stride);
+    alignas(64) float rows[S::lanes][kBatch];
+    for (int lane = 0; lane < S::lanes; lane += kNow) {
+      Batch<S> sum[kNow];
+      sum_rows<S, kNow>(sum, columns + lane, fan_in, x);
+      unroll<kNow>([&](auto i) NMKERN_FLAT {
+        unroll<Batch<S>::kParts>([&](auto p) NMKERN_FLAT { sum[i].part[p] = S::multiply(sum[i].part[p], scale); });
+      });
+      if constexpr (S::lanes == kBatch) {  // a square that never leaves the registers
+        typename S::F square[kBatch];
+        unroll<kBatch>([&](auto i) NMKERN_FLAT { square[i] = sum[i].part[0]; });
+        S::transpose(square, y + first, stride);
+      } else {
+        unroll<kNow>([&](auto i) NMKERN_FLAT { sum[i].store(rows[lane + i]); });
+      }
     }
+    if constexpr (S::lanes != kBatch) S::template transpose<kBatch>(rows[0], y + first, stride);
   }
 }
 
