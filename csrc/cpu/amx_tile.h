@@ -35,6 +35,7 @@ namespace {
 template <Family F>
 struct UnitCodec : Bf16Codec<F> {
   using typename Bf16Codec<F>::Weight, typename Bf16Codec<F>::Prepared;
+  static constexpr bool bytes = false;
   static constexpr int elements = 2;  // of a step
 
   template <int Field>
@@ -122,7 +123,7 @@ class Panels {
     if constexpr (!Transposed) unroll<4>([&](auto r) NMKERN_FLAT { prepared[r] = C::prepare(word[r]); });
     unroll<word_steps>([&](auto step) NMKERN_FLAT {
       typename C::Weight w[kVectors];
-      if constexpr (C::elements == 4)
+      if constexpr (C::bytes)
         C::decode_rows(w, word, chunk);
       else if constexpr (Transposed)
         decode_step<S, C, 0, kVectors>(w, word, step, chunk);
@@ -161,7 +162,7 @@ void multiply_panel(const Tile& t, const typename P::Codec::Weight* weights, con
       unroll<kVectors>([&](auto v) NMKERN_FLAT {
         Unit::template load<7>(weights + s * kVectors + v, kVectors * sizeof(*weights));
         unroll<Parts>([&](auto p) NMKERN_FLAT {
-          if constexpr (P::Codec::elements == 4)
+          if constexpr (P::Codec::bytes)
             Unit::template multiply_bytes<v, kVectors + p, 7>();
           else
             Unit::template multiply<v, kVectors + p, 7>();
@@ -241,12 +242,15 @@ void run_digits(const Tile& t) {
     multiply_panels<Unit, 1>(u, panels, t.chain);
     collect_digits(t, std::remove_cvref_t<decltype(panels)>::chunks, reinterpret_cast<int32_t*>(t.chain));
   };
-  using Uniform = ByteCodec<Family::uniform>;
-  using Rademacher = ByteCodec<Family::rademacher>;
-  if (t.family == Family::uniform)
-    t.transposed ? run(BytePanels<S, Uniform, true>(u)) : run(BytePanels<S, Uniform, false>(u));
-  else  // whose eight chunks at once are beyond L1: 284 clocks of four rows, and 222 one by one
-    t.transposed ? run(Panels<S, Rademacher, true>(u)) : run(BytePanels<S, Rademacher, false>(u));
+  with_codec<ByteCodec>(t.family, [&](auto codec) {
+    using Codec = decltype(codec);
+    if (!t.transposed)
+      run(BytePanels<S, Codec, false>(u));
+    else if constexpr (Codec::chunks <= 2)
+      run(BytePanels<S, Codec, true>(u));
+    else  // eight chunks at once are beyond L1: 284 clocks a word for four rows, and 222 one by one
+      run(Panels<S, Codec, true>(u));
+  });
   Unit::release();
 }
 

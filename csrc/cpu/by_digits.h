@@ -1,12 +1,14 @@
-// x as integers, and those as digits of eight bits: weights of one or four bits need no decoding then (bytes.h).
+// x as integers, and those as digits of eight bits: weights take little decoding then (bytes.h).
 //
 //   x[m, k] * in_gain[c, k] = 2^-exponent[m] * q[m, k], rounded; the largest of a row has `bits` bits
 //   sum_k x[m, k] * code[n, k] = 2^-exponent[m] * (2 * sum_k q[m, k] * field[n, k] - offset * sum_k q[m, k])
 //
-// Nothing but q is rounded: by at most 2^-26 of the row's largest for uniform (three digits: 2^-18), 2^-27 for
-// rademacher (2^-19) and 2^-30 transposed (2^-22). Sums of integers are exact, and are added up in float32 once
-// in kUnitChain elements. On 2 threads of an Emerald Rapids, 8192 x 8192, times as bfloat16 parts over these:
-// uniform, bfloat16, 1.5 at 1 and 4 rows and 1.2 at 8; float32, 1.5 to 2.1 from 4 rows on, at any batch.
+// For normal, q * code is summed. Nothing but q is rounded: by at most 2^-26 of the row's largest for uniform (three
+// digits: 2^-18), 2^-27 for rademacher (2^-19), transposed 2^-30 for both (2^-22), and 2^-29 for normal (2^-21).
+// Sums of integers are exact, and are added up in float32 once in kUnitChain elements.
+//
+// 8192 x 8192 on an Emerald Rapids, time as bfloat16 parts over time as digits: uniform, bfloat16 1.5 at 1 and 4 rows
+// and 1.2 at 8; float32 1.5 to 2.1 from 4 rows on, at any batch; normal 1.3 up to 4 rows.
 #pragma once
 
 #include <cmath>
@@ -24,17 +26,19 @@ struct ByDigits : ByUnit<ByDigits> {
   int64_t packed_rows = 0, packed_from = 0;
 
   // How many digits an element takes; 0 where there is no unit, or parts are faster. Results of bfloat16 cannot tell
-  // three from four, but up to four rows four take no longer. Elements of 16 bits are one or two parts: products
-  // are fewer then, for more rows than fill two registers (rademacher, whose weights decode fast: one).
+  // three from four, but up to four rows four take no longer. Where an element has fewer parts than digits, or a
+  // weight two bytes, parts win with rows, and the sooner the less their weights take to decode.
   static int digits_of(const Dense& c) {
-    if (!kernels().matrix_unit || c.family == Family::normal) return 0;
+    if (!kernels().matrix_unit) return 0;
     const int digits = c.x.dtype == Dtype::bfloat16 && c.batch > kUnitRows / 4 ? 3 : 4;
-    if (c.x.dtype == Dtype::float32 || c.in_gain.data) return digits;
-    const int64_t most = c.family == Family::rademacher && !c.transposed ? 1 : 2;
-    return blocks_of(c.batch, kUnitRows / digits) <= most ? digits : 0;
+    const bool floats = c.x.dtype == Dtype::float32 || c.in_gain.data;
+    if (floats && c.family != Family::normal) return digits;
+    const bool soon = c.family == Family::normal || (c.family == Family::rademacher && !c.transposed);
+    return blocks_of(c.batch, kUnitRows / digits) <= (soon ? 1 : 2) ? digits : 0;
   }
 
-  ByDigits(const Dense& c, const Runtime& r, int digits) : ByUnit(c, r, digits, 4, kUnitRows / digits) {
+  ByDigits(const Dense& c, const Runtime& r, int digits)
+      : ByUnit(c, r, digits, digit_elements(c.family), kUnitRows / digits) {
     auto* largest = static_cast<uint32_t*>(r.allocate(r.self, 4 * c.batch));
     std::fill_n(largest, c.batch, 0);
     const int64_t segments = blocks_of(elements(), kSegment);
@@ -55,8 +59,9 @@ struct ByDigits : ByUnit<ByDigits> {
   }
   // Digits have room for one bit less than their last carries, and for a byte's factors of x.
   int bits() const {
+    if (call.family == Family::normal) return 8 * parts - 3;
     if (call.transposed) return 8 * parts - 2;
-    return 8 * parts - 2 - (call.family == Family::uniform ? 4 : 3);
+    return 8 * parts - (call.family == Family::uniform ? 6 : 5);
   }
 
   bool stacked() const { return true; }
@@ -79,7 +84,8 @@ struct ByDigits : ByUnit<ByDigits> {
 
   // Rows [m0, m0 + rows) and those that pad them, for `words` words from number `word` of the reduction on.
   const FixedRow* fixed_rows(int64_t m0, int64_t rows, int64_t word, int64_t words, FixedRow* to) const {
-    const int64_t run_words = run_steps() * step_elements / unit, offset = call.family == Family::uniform ? 15 : 1;
+    const int64_t run_words = run_steps() * step_elements / unit, offset =
+        call.family == Family::normal ? 0 : -decode(call.family, 0);
     std::fill_n(to, padded(rows), FixedRow{});
     for (int64_t r = 0; r < rows; ++r) {
       int64_t sum = 0;

@@ -1,6 +1,6 @@
-// Weights of one or four bits as bytes, for a matrix unit's products of integers (by_digits.h).
+// Weights as bytes, for a matrix unit's products of integers (by_digits.h).
 //
-//   sums[o, m] = sum_k byte[o, k] * digit[m, k]        four elements of the reduction a step, a byte each
+//   sums[o, m] = sum_k byte[o, k] * digit[m, k]        four bytes a step
 //
 // A byte of a hash's word holds two fields of uniform, u + 16v, or eight of rademacher, and serves as it is but for
 // a mask. A field in the upper bits makes the sum larger by a power of two; and what shares a byte with a field may
@@ -11,6 +11,9 @@
 //   rademacher  forward      a mask for each of four bits, and the upper four are shifted down before;
 //                            x takes the factor that the four differ in
 //               transposed   a mask for each bit
+//
+// Those of normal need nine bits, with their sign: x * code = 2x * (code if positive, else 0) - x * |code|. That is two
+// bytes, but one lookup, where bfloat16 takes two, and more to bring their bytes together.
 #pragma once
 
 #include "avx512.h"
@@ -20,29 +23,42 @@ namespace {
 
 template <Family F>
 struct ByteCodec {
-  static_assert(F != Family::normal);
-  static constexpr bool kUniform = F == Family::uniform;
+  static constexpr bool kUniform = F == Family::uniform, kNormal = F == Family::normal;
   using Weight = __m512i;
   using U = __m512i;
   static constexpr Family family = F;
   static constexpr int columns = columns_per_word(F);
-  static constexpr int elements = 4;  // of a step
+  static constexpr bool bytes = true;
+  static constexpr int elements = digit_elements(F);  // of a step
   static constexpr int forward_steps = columns / elements;
-  static constexpr int patch_steps = 1;
+  static constexpr int patch_steps = kRowsPerPatch / elements;
 
   struct Prepared {
-    U word, upper;
+    U first, second;
   };
   static NMKERN_INLINE Prepared prepare(U word) {
-    return {word, kUniform ? word : _mm512_srli_epi16(word, 4)};
+    if constexpr (kUniform) {
+      return {word, word};
+    } else if constexpr (kNormal) {
+      // A field and its complement have the same magnitude; an index has seven bits.
+      const __mmask64 negative = _mm512_testn_epi8_mask(word, _mm512_set1_epi8(-128));
+      const U index = _mm512_mask_sub_epi8(word, negative, _mm512_set1_epi8(-1), word);
+      const U magnitude = _mm512_permutex2var_epi8(_mm512_loadu_si512(nmkern::kNormal), index,
+                                                   _mm512_loadu_si512(nmkern::kNormal + 64));
+      return {magnitude, _mm512_mask_mov_epi8(magnitude, negative, _mm512_setzero_si512())};
+    } else {
+      return {word, _mm512_srli_epi16(word, 4)};
+    }
   }
-  // Forward: byte i of step s has field 2i + s of uniform, 8i + s of rademacher.
+  // Forward: byte i of step s has field 2i + s of uniform, 8i + s of rademacher, i of normal.
   template <int Step>
   static NMKERN_INLINE Weight decode(const Prepared& p) {
-    if constexpr (kUniform)
-      return Step ? bits<4, 4>(p.word) : p.word;
+    if constexpr (kNormal)
+      return Step ? p.second : p.first;
+    else if constexpr (kUniform)
+      return Step ? bits<4, 4>(p.first) : p.first;
     else
-      return bits<Step % 4, 1>(Step < 4 ? p.word : p.upper);
+      return bits<Step % 4, 1>(Step < 4 ? p.first : p.second);
   }
 
   // Transposed: word l becomes, of the lanes 4q + l, the bytes of the patch's rows: byte b in lane 4q + b.
@@ -54,7 +70,7 @@ struct ByteCodec {
     word[2] = _mm512_unpacklo_epi16(high[0], high[1]);
     word[3] = _mm512_unpackhi_epi16(high[0], high[1]);
   }
-  // Transposed, a chunk is one field of each byte.
+  // Transposed, a chunk is one field of each byte (of normal, both steps of it).
   static constexpr int chunks = columns / 4;
   template <class Chunk>
   static NMKERN_INLINE void decode_rows(Weight (&w)[kVectors], const U (&word)[4], Chunk chunk) {
@@ -96,8 +112,8 @@ class BytePanels {
     for (const int64_t end = i + count; i < end; ++i, to += word_steps * kVectors) {
       Words word;
       hash(t_.reduction_word + uint32_t(i), word);
-      if constexpr (Transposed) {
-        C::arrange_rows(word);
+      if constexpr (Transposed) C::arrange_rows(word);
+      if constexpr (chunks > 1) {
         unroll<chunks>([&](auto chunk) NMKERN_FLAT {
           typename C::Weight w[kVectors];
           C::decode_rows(w, word, chunk);
@@ -118,6 +134,7 @@ class BytePanels {
 
 // Sums of a chunk are so many bits larger than those of fields times x.
 constexpr int byte_shift(Family family, bool transposed, int chunk) {
+  if (family == Family::normal) return 1;  // which has the factor that others have of their own
   if (family == Family::uniform) return transposed ? 4 * chunk : 4;
   return transposed ? chunk : 3;
 }
@@ -183,7 +200,7 @@ uint32_t largest(const float* row, int64_t count) {
 
 // Where byte i of a step, of eight steps, comes from in 32 elements.
 constexpr int element_of(Family family, bool transposed, int step, int i) {
-  if (transposed) return 4 * step + i;
+  if (transposed || family == Family::normal) return 4 * step + i;
   return family == Family::uniform ? step / 2 * 8 + 2 * i + step % 2 : 8 * i + step;
 }
 
@@ -199,28 +216,38 @@ int64_t pack_digits(const float* row, int64_t steps, Family family, bool transpo
   const __m512i shift = _mm512_setr_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
   const __m512 power = _mm512_set1_ps(float(exponent));
   __m512i sums = _mm512_setzero_si512();
-  for (int64_t s = 0; s < steps; s += 8, row += 32) {
+  // Four steps, from number `s` on.
+  const auto write = [&](__m512i value, int64_t s) NMKERN_FLAT {
+    // Balanced digits: those of a number and 128 * (1 + 256 + ...), each less 128.
+    value = _mm512_permutexvar_epi8(part, _mm512_xor_si512(_mm512_add_epi32(value, balance), balance));
+    uint32_t* at = to + s / kUnitSteps * digits * rows * kUnitSteps + s % kUnitSteps;
+    unroll<4>([&](auto digit) NMKERN_FLAT {
+      if (digit < digits)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(at + digit * rows * kUnitSteps),
+                         _mm512_extracti32x4_epi32(value, digit));
+    });
+  };
+  for (int64_t s = 0; s < steps; row += 32) {
     const __m512 a = _mm512_loadu_ps(row), b = _mm512_loadu_ps(row + 16);
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half, s += 4) {
       const __m512 x = _mm512_scalef_ps(_mm512_permutex2var_ps(a, pick[half], b), power);
       const __m512i q = _mm512_cvt_roundps_epi32(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       for (const __m256i eight : {_mm512_castsi512_si256(q), _mm512_extracti64x4_epi64(q, 1)})
         sums = _mm512_add_epi64(sums, _mm512_cvtepi32_epi64(eight));
-      __m512i value = q;
-      if (!transposed && family == Family::uniform) {
+      if (family == Family::normal) {  // -q for all magnitudes, 2q for those of positive codes
+        const auto both = [&](__m512i twice) NMKERN_FLAT {
+          return _mm512_mask_add_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), twice), 0xF0F0, twice, twice);
+        };
+        write(both(_mm512_shuffle_i32x4(q, q, 0x50)), s);
+        write(both(_mm512_shuffle_i32x4(q, q, 0xFA)), s += 4);
+      } else if (transposed) {
+        write(q, s);
+      } else if (family == Family::uniform) {
         const __m512i even = _mm512_slli_epi32(_mm512_shuffle_i32x4(q, q, 0xA0), 4);  // of odd steps, too
-        value = _mm512_mask_sub_epi32(even, 0xF0F0, q, even);
-      } else if (!transposed) {
-        value = _mm512_sllv_epi32(q, shift);
+        write(_mm512_mask_sub_epi32(even, 0xF0F0, q, even), s);
+      } else {
+        write(_mm512_sllv_epi32(q, shift), s);
       }
-      // Balanced digits: those of a number and 128 * (1 + 256 + ...), each less 128.
-      value = _mm512_permutexvar_epi8(part, _mm512_xor_si512(_mm512_add_epi32(value, balance), balance));
-      uint32_t* at = to + s / kUnitSteps * digits * rows * kUnitSteps + s % kUnitSteps + 4 * half;
-      unroll<4>([&](auto digit) NMKERN_FLAT {
-        if (digit < digits)
-          _mm_storeu_si128(reinterpret_cast<__m128i*>(at + digit * rows * kUnitSteps),
-                           _mm512_extracti32x4_epi32(value, digit));
-      });
     }
   }
   return _mm512_reduce_add_epi64(sums);

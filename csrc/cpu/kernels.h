@@ -121,7 +121,7 @@ struct MatrixUnit {
                   int64_t rows);
   // The largest magnitude of a row, as bits: infinity and NaN are the largest.
   uint32_t (*largest)(const float* row, int64_t count);
-  // row[4 * steps] times 2^exponent, rounded to integers, as a row of a block of `rows`; returns their sum.
+  // row[digit_elements * steps] times 2^exponent, rounded to integers, as a row of a block of `rows`; their sum.
   int64_t (*pack_digits)(const float* row, int64_t steps, Family family, bool transposed, int digits, int exponent,
                          uint32_t* to, int64_t rows);
   // row[lane * vectors + v] = factor * sums[v][lane], for a row of a block of sums: vector v is at
@@ -132,6 +132,8 @@ struct MatrixUnit {
 
 constexpr int kUnitRows = 16;   // of x in a tile register
 constexpr int kUnitSteps = 16;  // steps in one
+// Elements of the reduction in a step of integers: a byte each, or two.
+constexpr int digit_elements(Family family) { return family == Family::normal ? 2 : 4; }
 // Steps whose weights are made at a time; `elements` of the reduction a step.
 constexpr int panel_steps(bool transposed, int elements) {
   return transposed ? kTileWords * kRowsPerPatch / elements : 64;
