@@ -73,15 +73,22 @@ struct ByUnit : Product {
            (row - first) * kUnitSteps;
   }
 
+  // No more than a small call needs: its scratch is part of a frame (bindings.cpp), or else an allocation.
+  int64_t words_bytes() const { return Way::kIntegers && !call.transposed ? 0 : k.words_bytes; }
+  int64_t panels_bytes() const {
+    const bool one = !call.transposed && steps() <= run_steps();
+    return one ? steps() * kVectors * k.lanes * 4 : k.scratch_bytes;
+  }
+
   int64_t scratch_bytes(int64_t rows) const {
     const int64_t sums = sums_floats(padded(rows));
     const int64_t chain = chained(rows) ? (self().stacked() ? parts : 1) * sums : 0;
     const int64_t floats = group_tiles(rows) * sums + 2 * tile_outputs() + chain;
     const int64_t fixed = Way::kIntegers ? padded(rows) * int64_t{sizeof(FixedRow)} : 0;
-    return round_up(k.words_bytes + k.scratch_bytes + 4 * floats + fixed, 64);
+    return round_up(words_bytes() + panels_bytes() + 4 * floats + fixed, 64);
   }
   Tile tile_in(char* scratch) const {
-    Tile tile = Product::tile_in(scratch, k.scratch_bytes);
+    Tile tile = Product::tile_in(scratch, words_bytes(), panels_bytes());
     tile.parts = parts;
     return tile;
   }

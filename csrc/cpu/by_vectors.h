@@ -66,7 +66,7 @@ struct ByVectors : Product {
     return round_up(k.words_bytes + tile_bytes() + 4 * (sums_floats(rows) + 2 * tile_outputs()), 64);
   }
   Tile tile_in(char* scratch) const {
-    Tile tile = Product::tile_in(scratch, tile_bytes());
+    Tile tile = Product::tile_in(scratch, k.words_bytes, tile_bytes());
     tile.bf16 = bf16;
     return tile;
   }

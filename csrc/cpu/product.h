@@ -73,16 +73,16 @@ struct Product {
     }
   }
 
-  // A tile but for its rows and place; its sums follow `tile_bytes` of the scratch.
-  Tile tile_in(char* scratch, int64_t tile_bytes) const {
+  // A tile but for its rows and place; its sums follow its words and `tile_bytes` of the scratch.
+  Tile tile_in(char* scratch, int64_t words_bytes, int64_t tile_bytes) const {
     return {.family = call.family,
             .key = call.key,
             .transposed = call.transposed,
             .reduction_word = uint32_t(reduction_first),
             .reduction_words = reduction_words,
             .block = block,
-            .sums = reinterpret_cast<float*>(scratch + k.words_bytes + tile_bytes),
-            .scratch = scratch + k.words_bytes,
+            .sums = reinterpret_cast<float*>(scratch + words_bytes + tile_bytes),
+            .scratch = scratch + words_bytes,
             .words = scratch};
   }
   uint32_t output_word(int64_t tile) const { return uint32_t(output_first + tile * k.lanes); }
