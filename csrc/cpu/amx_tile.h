@@ -189,7 +189,7 @@ void multiply_panels(const Tile& t, const P& panels, float* sums) {
   constexpr int64_t kWords = P::words;
   constexpr int64_t kPanel = kWords * P::word_steps * kVectors;
   auto* now = static_cast<Weight*>(t.scratch);
-  auto* then = now + P::together * kPanel;
+  auto* then = t.reduction_words > kWords || P::chunks > P::together ? now + P::together * kPanel : now;
   const int64_t chunk_sums = t.batch * kVectors * kUnitSteps;
   const auto count = [&](int64_t begin) { return std::clamp<int64_t>(t.reduction_words - begin, 0, kWords); };
   const auto word = [](Weight* panel, int64_t i) { return panel + i * P::word_steps * kVectors; };
@@ -331,21 +331,11 @@ void untile(const float* sums, int64_t chunk_stride, int64_t vector_stride, int6
             float* row) {
   const __m512 scale = _mm512_set1_ps(factor);
   for (int64_t first = 0; first < vectors; first += kVectors, sums += chunk_stride, row += kVectors) {
-    __m512 v[kVectors], pair[4];
+    __m512 v[kVectors];
     for (int i = 0; i < kVectors; ++i) v[i] = _mm512_mul_ps(scale, _mm512_loadu_ps(sums + i * vector_stride));
-    pair[0] = _mm512_unpacklo_ps(v[0], v[1]);
-    pair[1] = _mm512_unpacklo_ps(v[2], v[3]);
-    pair[2] = _mm512_unpackhi_ps(v[0], v[1]);
-    pair[3] = _mm512_unpackhi_ps(v[2], v[3]);
-    const auto four = [&](__m512 a, __m512 b, int imm) {
-      return _mm512_castpd_ps(imm ? _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))
-                                  : _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-    };
-    // Lanes i, i + 4, i + 8 and i + 12, all four vectors of each.
+    transpose_quads(v);  // v[i]: all four vectors of each of the lanes i, i + 4, i + 8 and i + 12
     unroll<4>([&](auto i) {
-      const __m512 lanes = four(pair[i / 2 * 2], pair[i / 2 * 2 + 1], i % 2);
-      unroll<4>(
-          [&](auto j) { _mm_storeu_ps(row + (i + 4 * j) * vectors, _mm512_extractf32x4_ps(lanes, j)); });
+      unroll<4>([&](auto j) { _mm_storeu_ps(row + (i + 4 * j) * vectors, _mm512_extractf32x4_ps(v[i], j)); });
     });
   }
 }

@@ -113,9 +113,14 @@ struct Avx512 {
   template <Family Fam>
   using Prepared = std::conditional_t<Fam == Family::normal, Bytes, U>;
 
+  static NMKERN_INLINE __mmask64 normal_negative(U word) {
+    return _mm512_testn_epi8_mask(word, _mm512_set1_epi8(-128));
+  }
+  static NMKERN_INLINE U normal_index(U word, __mmask64 negative) {
+    return _mm512_mask_sub_epi8(word, negative, _mm512_set1_epi8(-1), word);  // -1 - word = ~word
+  }
   static NMKERN_INLINE Bytes normal_bytes(U word) {
-    const __mmask64 negative = _mm512_testn_epi8_mask(word, _mm512_set1_epi8(-128));
-    const U index = _mm512_mask_sub_epi8(word, negative, _mm512_set1_epi8(-1), word);  // -1 - word = ~word
+    const U index = normal_index(word, normal_negative(word));
     const U high = _mm512_permutex2var_epi8(_mm512_load_si512(kNormalBytes.high), index,
                                             _mm512_load_si512(kNormalBytes.high + 64));
     const U low = _mm512_permutex2var_epi8(_mm512_load_si512(kNormalBytes.low), index,

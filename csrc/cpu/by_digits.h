@@ -3,14 +3,16 @@
 //   x[m, k] * in_gain[c, k] = 2^-exponent[m] * q[m, k], rounded; the largest of a row has `bits` bits
 //   sum_k x[m, k] * code[n, k] = 2^-exponent[m] * (2 * sum_k q[m, k] * field[n, k] - offset * sum_k q[m, k])
 //
-// For normal, q * code is summed. Nothing but q is rounded: by at most 2^-26 of the row's largest for uniform (three
+// For normal, q * code is summed. A row with a NaN or an infinity is not finished here, and other rows are as if it
+// were not there. Nothing but q is rounded: by at most 2^-26 of the row's largest for uniform (three
 // digits: 2^-18), 2^-27 for rademacher (2^-19), transposed 2^-30 for both (2^-22), and 2^-29 for normal (2^-21).
-// Sums of integers are exact, and are added up in float32 once in kUnitChain elements.
+// Sums of integers are exact, of kUnitChain elements at most, and are added up in float32.
 //
 // 8192 x 8192 on an Emerald Rapids, time as bfloat16 parts over time as digits: uniform, bfloat16 1.5 at 1 and 4 rows
 // and 1.2 at 8; float32 1.5 to 2.1 from 4 rows on, at any batch; normal 1.3 up to 4 rows.
 #pragma once
 
+#include <bit>
 #include <cmath>
 
 #include "by_unit.h"
@@ -23,17 +25,17 @@ struct ByDigits : ByUnit<ByDigits> {
   static constexpr bool kIntegers = true;
 
   int* exponent;                // [batch]
-  bool finite = true;           // if not, this is no way to multiply
   int64_t* run_sums = nullptr;  // [runs][rows that are packed together]: sums of q
   int64_t packed_rows = 0, packed_from = 0;
 
   // How many digits an element takes; 0 where there is no unit, or parts are faster. Results of bfloat16 cannot tell
   // three from four, but up to four rows four take no longer. Where an element has fewer parts than digits, or a
-  // weight two bytes, parts win with rows, and the sooner the less their weights take to decode; and one row of
-  // float32 need not be packed for vectors (256 x 256: 7.9 us, here 9.9).
+  // weight two bytes, parts win with rows, and the sooner the less their weights take to decode; one row of float32
+  // need not be packed for vectors (256 x 256: 7.9 us, here 9.9); and gains' gradients hold the sums of all rows.
   static int digits_of(const Dense& c) {
-    if (!kernels().matrix_unit) return 0;
-    const int digits = c.x.dtype == Dtype::bfloat16 && c.batch > kUnitRows / 4 ? 3 : 4;
+    if (!kernels().matrix_unit || (c.gain_grad.data && c.batch > kUnitPartRows)) return 0;
+    const bool narrow = c.x.dtype == Dtype::bfloat16 && !c.gain_grad.data;
+    const int digits = narrow && c.batch > kUnitRows / 4 ? 3 : 4;
     const bool floats = c.x.dtype == Dtype::float32 || c.in_gain.data;
     if (floats && c.batch == 1 && c.inputs() < kFewWeights / c.outputs()) return 0;
     if (floats && c.family != Family::normal) return digits;
@@ -56,10 +58,20 @@ struct ByDigits : ByUnit<ByDigits> {
       }
     });
     exponent = reinterpret_cast<int*>(largest);
+    bool* is_finite = nullptr;
     for (int64_t m = 0; m < c.batch; ++m) {
-      finite = finite && largest[m] < 0x7F800000;
-      exponent[m] = bits() + 126 - std::max(1, int(largest[m] >> 23));
+      if (largest[m] >= 0x7F800000) {
+        if (!is_finite) {
+          is_finite = static_cast<bool*>(r.allocate(r.self, c.batch));
+          std::fill_n(is_finite, c.batch, true);
+        }
+        is_finite[m] = false;
+      }
+      int size;
+      std::frexp(std::bit_cast<float>(largest[m]), &size);  // below 2^size
+      exponent[m] = bits() - size;
     }
+    finite = is_finite;
   }
   // Digits have room for one bit less than their last carries, and for a byte's factors of x.
   int bits() const {
@@ -68,6 +80,7 @@ struct ByDigits : ByUnit<ByDigits> {
     return 8 * parts - (call.family == Family::uniform ? 6 : 5);
   }
 
+  bool keeps_words() const { return call.transposed && call.family == Family::rademacher; }
   bool stacked() const { return true; }
 
   void start_packing(int64_t m0, int64_t rows) {

@@ -28,6 +28,7 @@ struct ByParts : ByUnit<ByParts> {
 
   ByParts(const Dense& c, const Runtime& r, int parts) : ByUnit(c, r, parts, 2, kUnitRows) {}
 
+  bool keeps_words() const { return true; }
   // Whether the parts of all rows are rows of one tile register.
   bool stacked() const { return call.batch == block && parts > 1 && parts * block <= kUnitRows; }
 

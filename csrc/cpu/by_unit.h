@@ -15,6 +15,7 @@ constexpr int64_t kUnitBlockBytes = 1 << 20, kUnitSumsBytes = 1 << 19;
 constexpr int64_t kUnitChain = 8192;  // elements that are summed in one chain, see add_sums in tile.h
 
 // Way is ByParts or ByDigits:
+//   keeps_words()         whether words are hashed ahead (Panels)
 //   stacked()             whether the parts of all of a block's rows are rows of one tile register
 //   pack_run(run, m, to)  run number `run` of row m to its place in a block
 //   rescale(m, outputs)   a tile's of a row, before gains
@@ -74,7 +75,7 @@ struct ByUnit : Product {
   }
 
   // No more than a small call needs: its scratch is part of a frame (bindings.cpp), or else an allocation.
-  int64_t words_bytes() const { return Way::kIntegers && !call.transposed ? 0 : k.words_bytes; }
+  int64_t words_bytes() const { return self().keeps_words() ? k.words_bytes : 0; }
   int64_t panels_bytes() const {
     const bool one = !call.transposed && steps() <= run_steps();
     return one ? steps() * kVectors * k.lanes * 4 : k.scratch_bytes;

@@ -40,11 +40,10 @@ struct ByteCodec {
     if constexpr (kUniform) {
       return {word, word};
     } else if constexpr (kNormal) {
-      // A field and its complement have the same magnitude; an index has seven bits.
-      const __mmask64 negative = _mm512_testn_epi8_mask(word, _mm512_set1_epi8(-128));
-      const U index = _mm512_mask_sub_epi8(word, negative, _mm512_set1_epi8(-1), word);
-      const U magnitude = _mm512_permutex2var_epi8(_mm512_loadu_si512(nmkern::kNormal), index,
-                                                   _mm512_loadu_si512(nmkern::kNormal + 64));
+      const __mmask64 negative = Avx512::normal_negative(word);
+      const U magnitude =
+          _mm512_permutex2var_epi8(_mm512_loadu_si512(nmkern::kNormal), Avx512::normal_index(word, negative),
+                                   _mm512_loadu_si512(nmkern::kNormal + 64));
       return {magnitude, _mm512_mask_mov_epi8(magnitude, negative, _mm512_setzero_si512())};
     } else {
       return {word, _mm512_srli_epi16(word, 4)};
@@ -134,7 +133,7 @@ class BytePanels {
 
 // Sums of a chunk are so many bits larger than those of fields times x.
 constexpr int byte_shift(Family family, bool transposed, int chunk) {
-  if (family == Family::normal) return 1;  // which has the factor that others have of their own
+  if (family == Family::normal) return 1;  // whose bytes are codes; those of others are half a code and an offset
   if (family == Family::uniform) return transposed ? 4 * chunk : 4;
   return transposed ? chunk : 3;
 }

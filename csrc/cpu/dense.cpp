@@ -85,14 +85,22 @@ void multiply(Way way) {
 
 void dense_product(const Dense& call, const Runtime& runtime) {
   if (call.batch == 0) return;
+  const bool* finite = nullptr;
   if (const int digits = ByDigits::digits_of(call)) {
     const ByDigits way(call, runtime, digits);
-    if (way.finite) return multiply(way);
+    multiply(way);
+    finite = way.finite;
+    if (!finite) return;
   }
+  const auto multiply_others = [&](auto way) {
+    way.finite = finite;
+    way.finishes_finite = false;
+    multiply(way);
+  };
   if (const int parts = ByParts::parts_of(call))
-    multiply(ByParts(call, runtime, parts));
+    multiply_others(ByParts(call, runtime, parts));
   else
-    multiply(ByVectors(call, runtime));
+    multiply_others(ByVectors(call, runtime));
 }
 
 }  // namespace nmkern::cpu

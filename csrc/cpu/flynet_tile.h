@@ -22,7 +22,7 @@ struct HiddenUnits {
   HiddenUnits(int64_t drawn, const float* rows, const float* mean, float factor)
       : fan_in(drawn), x(rows), center(Batch<S>::load(mean)), scale(S::broadcast(&factor)) {}
 
-  // Units of a group from number h on, none beyond S::lanes that begin at a multiple of as many.
+  // Units [h, h + Units) of a group, which share a vector of S::lanes.
   template <int Units>
   NMKERN_INLINE void operator()(Batch<S> (&hidden)[Units], const uint32_t* group, int64_t h) const {
     sum_rows<S, Units>(hidden, group + h / S::lanes * S::lanes * fan_in + h % S::lanes, fan_in, x);

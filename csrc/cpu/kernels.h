@@ -35,7 +35,8 @@ constexpr int tile_steps(bool transposed, bool bf16) { return transposed && bf16
 // Words of every lane that are at hand at a time.
 constexpr int kTileWords = 32;
 
-// A row of x as integers q, times the scale: sum_k x[k] * code[n, k] = scale * (2 * sum_k q[k] * field[n, k] - offset)
+// A row of x as integers q times a scale:
+//   sum_k x[k] * code[n, k] = scale * (2 * sum_k q[k] * field[n, k] - offset), normal: scale * sum_k q[k] * code[n, k]
 struct FixedRow {
   double scale, offset;
 };
@@ -62,7 +63,7 @@ struct Tile {
   void* words;
   int64_t ready;
   // For a MatrixUnit alone: parts of an element; whether sums are added to; memory for them of parts * batch
-  // rows, needed where they are or where the parts of all rows fit one register.
+  // rows, needed where they are, where the parts of all rows fit one register, and for digits (int32).
   int parts;
   const FixedRow* fixed;  // [batch], where they are digits
   bool more;

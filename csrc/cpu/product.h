@@ -26,6 +26,9 @@ struct Product {
   int64_t head;  // outputs of the first tile that lie before the matrix
   int64_t tiles;
   int64_t block = 1;  // rows of x a micro-kernel takes
+  // Where given, rows with NaN or infinities are one way's, and all others another's (see ByDigits).
+  const bool* finite = nullptr;
+  bool finishes_finite = true;
 
   Product(const Dense& c, const Runtime& r) : call(c), runtime(r), k(kernels()) {
     const int64_t columns = columns_per_word(c.family);
@@ -107,6 +110,7 @@ struct Product {
   // One row of a tile, outputs [n, n + count), times the factor: gains and bias, or the gradient of a gain.
   // `spare` has room for another row.
   void finish(int64_t m, int64_t n, int64_t count, float* sum, float* spare) const {
+    if (finite && finite[m] != finishes_finite) return;
     const int64_t n_all = call.outputs();
     if (call.gain_grad.data) {
       float* grad = call.gain_grad.data + bank_row(call.gain_grad, m) * n_all + n;

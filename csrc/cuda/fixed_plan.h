@@ -71,13 +71,14 @@ inline void place(FixedPlan& plan, void* scratch) {
 }
 
 // Calls use.template operator()<FixedConfig>() with the one that serves a call that is_fixed: of four digits,
-// or of three where that saves a tile, and a result of eight bits cannot tell.
+// or of three where that saves a tile, and a result of eight bits cannot tell (gradients of gains have more).
 template <class Use>
 auto with_fixed_config(const Dense& call, const Use& use) {
   const auto of_family = [&]<Family family, bool transposed>() {
     if (call.batch <= 2) return use.template operator()<FixedConfig<family, transposed, 1>>();
     if (call.batch <= 4) return use.template operator()<FixedConfig<family, transposed, 2>>();
-    if (call.x.dtype == Dtype::bfloat16) return use.template operator()<FixedConfig<family, transposed, 3>>();
+    if (call.x.dtype == Dtype::bfloat16 && !call.gain_grad.data)
+      return use.template operator()<FixedConfig<family, transposed, 3>>();
     return use.template operator()<FixedConfig<family, transposed, 4>>();
   };
   constexpr Family kUniform = Family::uniform, kRademacher = Family::rademacher;
