@@ -49,17 +49,18 @@ void add_products(const double (&a)[16], const double* b, double (&sum)[8]) {
       }
     int32_t units[8] = {};
     double unit[8], inverse[8];
-    bool finite = true;
+    bool finite[8];  // of each column: what is not concerns no other
     for (int col = 0; col < 8; ++col) {
-      finite &= std::isfinite(all[col]);
+      finite[col] = std::isfinite(all[col]);
       // Not a subnormal number's, whose inverse would be none.
       const int64_t exponent = std::max<int64_t>(std::bit_cast<int64_t>(most[col]) >> 52, 100);
       unit[col] = std::bit_cast<double>((exponent - 23) << 52);
       inverse[col] = 1 / unit[col];
     }
-    for (int k = 0; k < 9 && finite; ++k)
-      for (int col = 0; col < 8; ++col) units[col] += int32_t(term[k][col] * inverse[col]);
-    for (int col = 0; col < 8; ++col) sum[col] = finite ? cut_off(units[col] * unit[col]) : all[col];
+    for (int k = 0; k < 9; ++k)
+      for (int col = 0; col < 8; ++col)
+        units[col] += int32_t(finite[col] ? term[k][col] * inverse[col] : 0);
+    for (int col = 0; col < 8; ++col) sum[col] = finite[col] ? cut_off(units[col] * unit[col]) : all[col];
   }
 }
 
