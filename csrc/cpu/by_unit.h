@@ -18,6 +18,7 @@ constexpr int64_t kUnitChain = 8192;  // elements that are summed in one chain, 
 //   keeps_words()         whether words are hashed ahead (Panels)
 //   stacked()             whether the parts of all of a block's rows are rows of one tile register
 //   pack_run(run, m, to)  run number `run` of row m to its place in a block
+//   fixed_rows(...)       where kIntegers: what Tile::fixed tells of the rows
 //   rescale(m, outputs)   a tile's of a row, before gains
 template <class Way>
 struct ByUnit : Product {

@@ -2,7 +2,7 @@
 //
 // x is packed once per chunk of rows: converted, multiplied by in_gain, zero-padded to whole words, and
 // laid out in the order in which the kernels read it (Tile::x). Sums live in a few hundred bytes a row and
-// thread; scale, gains and bias are applied as they are written out.
+// thread (up to 10 KiB as digits, of at most 128 rows); scale, gains and bias are applied as they are written out.
 // Invariant: an output, or a gain's gradient, is summed by one task in an order that the shape fixes.
 #include "dense.h"
 
