@@ -21,6 +21,8 @@ struct Bf16Codec {
   static constexpr int halves = 2;
   static constexpr int forward_steps = columns / 2;
   static constexpr int patch_steps = kRowsPerPatch / 2;
+  static constexpr int run_steps = 0;
+  static constexpr int sums_at_once = 1;
 
   static NMKERN_INLINE Prepared prepare(U word) { return Avx512::prepare<F>(word); }
 

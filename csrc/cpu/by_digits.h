@@ -12,14 +12,9 @@
 // and 1.2 at 8; float32 1.5 to 2.1 from 4 rows on, at any batch; normal 1.3 up to 4 rows.
 #pragma once
 
-#include <bit>
-#include <cmath>
-
 #include "by_unit.h"
 
 namespace nmkern::cpu {
-
-constexpr int64_t kFewWeights = 1 << 18;  // of a matrix: fewer, and one row of float32 is faster in vectors
 
 struct ByDigits : ByUnit<ByDigits> {
   static constexpr bool kIntegers = true;
@@ -45,33 +40,8 @@ struct ByDigits : ByUnit<ByDigits> {
 
   ByDigits(const Dense& c, const Runtime& r, int digits)
       : ByUnit(c, r, digits, digit_elements(c.family), kUnitRows / digits) {
-    auto* largest = static_cast<uint32_t*>(r.allocate(r.self, 4 * c.batch));
-    std::fill_n(largest, c.batch, 0);
-    const int64_t segments = blocks_of(elements(), kSegment);
-    parallel_for(r, c.batch * segments, grain(kSegment), [&](int64_t begin, int64_t end, int64_t) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t m = task / segments, first = task % segments * kSegment;
-        float row[kSegment];
-        const int64_t count = std::min(kSegment, elements() - first);
-        pack_elements(m, first, count, row);
-        raise(largest[m], k.matrix_unit->largest(row, count));
-      }
-    });
-    exponent = reinterpret_cast<int*>(largest);
-    bool* is_finite = nullptr;
-    for (int64_t m = 0; m < c.batch; ++m) {
-      if (largest[m] >= 0x7F800000) {
-        if (!is_finite) {
-          is_finite = static_cast<bool*>(r.allocate(r.self, c.batch));
-          std::fill_n(is_finite, c.batch, true);
-        }
-        is_finite[m] = false;
-      }
-      int size;
-      std::frexp(std::bit_cast<float>(largest[m]), &size);  // below 2^size
-      exponent[m] = bits() - size;
-    }
-    finite = is_finite;
+    exponent = sizes(k.matrix_unit->largest);
+    for (int64_t m = 0; m < c.batch; ++m) exponent[m] = bits() - exponent[m];
   }
   // Digits have room for one bit less than their last carries, and for a byte's factors of x.
   int bits() const {
@@ -113,15 +83,6 @@ struct ByDigits : ByUnit<ByDigits> {
     return to;
   }
   void rescale(int64_t, float*) const {}
-
- private:
-  static constexpr int64_t kSegment = 2048;
-
-  static void raise(uint32_t& most, uint32_t value) {
-    uint32_t now = __atomic_load_n(&most, __ATOMIC_RELAXED);
-    while (now < value && !__atomic_compare_exchange_n(&most, &now, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
-      continue;
-  }
 };
 
 }  // namespace nmkern::cpu

@@ -74,6 +74,14 @@ struct ByVectors : Product {
   // Rows [m0, m0 + rows) of tiles [first, first + count), in scratch for `part` rows; x is packed from m0 on.
   void run_tiles(Tile& t, int64_t first, int64_t count, int64_t m0, int64_t rows, int64_t part,
                  const char* x) const {
+    run_tiles(t, first, count, m0, rows, part, x, k.run, [&](int64_t, int64_t) { return call.factor; });
+  }
+
+ protected:
+  // The same by `run`; its sums of vector v of row m are multiplied by scale(m, v).
+  template <class Scale>
+  void run_tiles(Tile& t, int64_t first, int64_t count, int64_t m0, int64_t rows, int64_t part, const char* x,
+                 void (*run)(const Tile&), const Scale& scale) const {
     float* row = t.sums + sums_floats(part);
     t.batch = rows;
     for (int64_t tile = first; tile < first + count; ++tile) {
@@ -82,14 +90,15 @@ struct ByVectors : Product {
       t.ready = neighbour ? std::min<int64_t>(kTileWords, reduction_words) : 0;
       t.output_word = word;
       t.x = x;
-      k.run(t);
+      run(t);
       write_tile(tile, m0, rows, rows, t.sums, row,
-                 [&](int64_t, const float* sums, int64_t chunk_stride, int64_t vector_stride, float* to) {
+                 [&](int64_t m, const float* sums, int64_t chunk_stride, int64_t vector_stride, float* to) {
                    for (int64_t v = 0; v < vectors; ++v) {
                      const float* from = sums + v / kVectors * chunk_stride + v % kVectors * vector_stride;
-                     for (int64_t lane = 0; lane < k.lanes; ++lane) to[lane * vectors + v] = from[lane];
+                     const auto times = scale(m, v);
+                     for (int64_t lane = 0; lane < k.lanes; ++lane)
+                       to[lane * vectors + v] = float(from[lane] * times);
                    }
-                   for (int64_t i = 0; i < tile_outputs(); ++i) to[i] *= call.factor;
                  });
     }
   }

@@ -22,6 +22,8 @@ struct FloatCodec {
     static constexpr int halves = 1;
     static constexpr int forward_steps = columns;
     static constexpr int patch_steps = kRowsPerPatch;
+    static constexpr int run_steps = 0;
+    static constexpr int sums_at_once = 1;
 
     static NMKERN_INLINE Prepared prepare(U word) {
       return S::template prepare<F>(word);

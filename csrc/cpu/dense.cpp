@@ -7,6 +7,7 @@
 #include "dense.h"
 
 #include "by_digits.h"
+#include "by_fields.h"
 #include "by_parts.h"
 #include "by_vectors.h"
 
@@ -88,6 +89,11 @@ void dense_product(const Dense& call, const Runtime& runtime) {
   const bool* finite = nullptr;
   if (const int digits = ByDigits::digits_of(call)) {
     const ByDigits way(call, runtime, digits);
+    multiply(way);
+    finite = way.finite;
+    if (!finite) return;
+  } else if (ByFields::serves(call)) {
+    const ByFields way(call, runtime);
     multiply(way);
     finite = way.finite;
     if (!finite) return;

@@ -68,6 +68,9 @@ struct Tile {
   const FixedRow* fixed;  // [batch], where they are digits
   bool more;
   float* chain;
+  // For Kernels::run_fields alone, what the sums of a run of field_run(family) steps start from:
+  // [runs][batch], transposed [runs][vectors][batch].
+  const float* offsets;
 };
 
 // kSparseRows rows of a sparse matrix from first_row on, seen through columns [col_offset, + cols).
@@ -157,6 +160,8 @@ struct Kernels {
   SparseKernels sparse;
   FlyKernels fly;
   const MatrixUnit* matrix_unit = nullptr;  // for dense products, where there is one
+  // As run, for at most 2 * max_block rows of x as by_fields.h packs it; where subnormal numbers cost no time.
+  void (*run_fields)(const Tile& tile) = nullptr;
 };
 
 // The kernels in use: the best that this build and this CPU have, or those set by name.
@@ -167,6 +172,7 @@ bool set_kernels(const char* name);  // false where there are none of that name
 const Kernels* amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx2_subnormal_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();
 

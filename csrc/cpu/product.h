@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <type_traits>
 
 #include "kernels.h"
@@ -12,6 +14,8 @@ namespace nmkern::cpu {
 
 constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return blocks_of(n, multiple) * multiple; }
+
+constexpr int64_t kFewWeights = 1 << 18;  // of a matrix: fewer, and packing x does not pay (by_digits.h)
 
 struct Product {
   const Dense& call;
@@ -76,6 +80,39 @@ struct Product {
     }
   }
 
+  // Of every row of x * in_gain the exponent e of the smallest power of two, 2^e, that exceeds all magnitudes. Where
+  // rows are not finite, `finite` tells.
+  int* sizes(uint32_t (*largest)(const float* row, int64_t count)) {
+    constexpr int64_t kSegment = 2048;
+    auto* bits = static_cast<uint32_t*>(runtime.allocate(runtime.self, 4 * call.batch));
+    std::fill_n(bits, call.batch, 0);
+    const int64_t segments = blocks_of(elements(), kSegment);
+    parallel_for(runtime, call.batch * segments, grain(kSegment), [&](int64_t begin, int64_t end, int64_t) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t m = task / segments, first = task % segments * kSegment;
+        float row[kSegment];
+        const int64_t count = std::min(kSegment, elements() - first);
+        pack_elements(m, first, count, row);
+        raise(bits[m], largest(row, count));
+      }
+    });
+    bool* is_finite = nullptr;
+    for (int64_t m = 0; m < call.batch; ++m) {
+      if (bits[m] >= 0x7F800000) {
+        if (!is_finite) {
+          is_finite = static_cast<bool*>(runtime.allocate(runtime.self, call.batch));
+          std::fill_n(is_finite, call.batch, true);
+        }
+        is_finite[m] = false;
+      }
+      int size;
+      std::frexp(std::bit_cast<float>(bits[m]), &size);
+      bits[m] = uint32_t(size);
+    }
+    finite = is_finite;
+    return reinterpret_cast<int*>(bits);
+  }
+
   // A tile but for its rows and place; its sums follow its words and `tile_bytes` of the scratch.
   Tile tile_in(char* scratch, int64_t words_bytes, int64_t tile_bytes) const {
     return {.family = call.family,
@@ -127,6 +164,13 @@ struct Product {
       for (int64_t i = 0; i < count; ++i) sum[i] += bias[i];
     }
     write_row(call.y, m, n, count, sum);
+  }
+
+ private:
+  static void raise(uint32_t& most, uint32_t value) {
+    uint32_t now = __atomic_load_n(&most, __ATOMIC_RELAXED);
+    while (now < value && !__atomic_compare_exchange_n(&most, &now, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+      continue;
   }
 };
 

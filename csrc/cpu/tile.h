@@ -49,6 +49,22 @@ NMKERN_INLINE void clear_sums(typename S::F (&sum)[Vectors][Rows]) {
   });
 }
 
+// Sums of a run that begins at a step of the reduction: zero, or what Tile::offsets says; transposed, of the vectors
+// from number `vector` of the tile on.
+template <class S, class C, bool Forward, int Vectors, int Rows>
+NMKERN_INLINE void start_sums(typename S::F (&sum)[Vectors][Rows], const Tile& t, int64_t step, int vector) {
+  if constexpr (C::run_steps == 0) {
+    clear_sums<S, Vectors, Rows>(sum);
+  } else {
+    const float* offset = t.offsets + step / C::run_steps * (Forward ? 1 : C::columns) * Rows;
+    unroll<Rows>([&](auto m) NMKERN_FLAT {
+      unroll<Vectors>([&](auto o) NMKERN_FLAT {
+        sum[o][m] = S::broadcast(offset + (Forward ? 0 : vector + o) * Rows + m);
+      });
+    });
+  }
+}
+
 // Each run of the reduction is summed on its own and then added to the sums in memory: with one sum over all
 // steps, the relative error at K = 8192 was 1.6e-6 on average and, on 24 outputs, 2.3e-6; design: 2e-6.
 template <class S, int Vectors, int Rows>
@@ -142,20 +158,37 @@ constexpr bool replaces_words(int64_t rows) {
   return Forward ? rows <= 4 || rows > wide_rows<S, C, true> : rows > 2 && (rows <= 4 || rows > S::fused_block);
 }
 
-// Call body(first vector, sums) for weights that are decoded as they are multiplied. More rows than
-// registers hold sums of four vectors for, beside what decoding takes, go two vectors at a time.
-template <class S, class C, bool Forward, class Body>
-NMKERN_INLINE void multiply_fused(const Tile& t, float* sums, bool start, Body&& body) {
+// Call body(first vector, sums, begin, end) for weights that are decoded as they are multiplied: for all of `count`
+// words of Steps steps each, the first of which is step `first`, or for one run of them after the other. More rows
+// than registers hold sums of four vectors for, beside what decoding takes, go two vectors at a time. They are those
+// of chunk number `chunk` of the tile.
+template <class S, class C, bool Forward, int Steps, class Body>
+NMKERN_INLINE void multiply_fused(const Tile& t, int chunk, float* sums, int64_t first, int64_t count, Body&& body) {
   with_rows<2 * S::max_block>(int(t.batch), [&](auto r) NMKERN_FLAT {
     constexpr int kRows = decltype(r)::value;
     constexpr int kNow = kRows <= wide_rows<S, C, Forward> ? kVectors : kVectors / 2;
     unroll<kVectors / kNow>([&](auto pass) NMKERN_FLAT {
       constexpr int kFirst = pass * kNow;
-      typename S::F sum[kNow][kRows];
+      constexpr int kChains = Steps > 1 && kNow * kRows < C::sums_at_once ? 2 : 1;
+      typename S::F sum[kChains][kNow][kRows];
       float* home = sums + kFirst * kRows * S::lanes;
-      clear_sums<S, kNow, kRows>(sum);
-      body(std::integral_constant<int, kFirst>{}, sum);
-      add_sums<S, kNow, kRows>(sum, home, start);
+      const auto run = [&](int64_t begin, int64_t end) NMKERN_FLAT {
+        start_sums<S, C, Forward, kNow, kRows>(sum[0], t, first + begin * Steps, chunk * kVectors + kFirst);
+        if constexpr (kChains > 1) clear_sums<S, kNow, kRows>(sum[1]);
+        body(std::integral_constant<int, kFirst>{}, sum, begin, end);
+        if constexpr (kChains > 1) {
+          unroll<kNow>([&](auto o) NMKERN_FLAT {
+            unroll<kRows>([&](auto m) NMKERN_FLAT { sum[0][o][m] = S::add(sum[0][o][m], sum[1][o][m]); });
+          });
+        }
+        add_sums<S, kNow, kRows>(sum[0], home, first + begin == 0);
+      };
+      if constexpr (C::run_steps == 0) {
+        run(0, count);
+      } else {
+        constexpr int64_t kRun = C::run_steps / Steps;
+        for (int64_t begin = 0; begin < count; begin += kRun) run(begin, begin + kRun < count ? begin + kRun : count);
+      }
     });
   });
 }
@@ -186,6 +219,16 @@ void multiply_tile(const Tile& t, const typename C::Weight* weights, int64_t fir
 
 // ---- forward: lanes are patches of rows, a word holds P columns = C::forward_steps steps
 
+template <class C, int Field, int Vectors>
+NMKERN_INLINE void decode_field(typename C::Weight (&w)[Vectors], const typename C::Prepared (&word)[Vectors]) {
+  if constexpr (requires { C::template mask<Field>(); }) {
+    const auto mask = C::template mask<Field>();
+    unroll<Vectors>([&](auto r) NMKERN_FLAT { w[r] = C::template decode<Field>(word[r], mask); });
+  } else {
+    unroll<Vectors>([&](auto r) NMKERN_FLAT { w[r] = C::template decode<Field>(word[r]); });
+  }
+}
+
 template <class S, class C>
 void forward_fused(const Tile& t) {
   using X = typename C::X;
@@ -193,13 +236,15 @@ void forward_fused(const Tile& t) {
   constexpr int kSteps = C::forward_steps < kUnrolled ? C::forward_steps : kUnrolled;
   for (; queue.begin < t.reduction_words; queue.begin += kTileWords) {
     queue.fill(replaces_words<S, C, true>(t.batch));
-    const X* all = static_cast<const X*>(t.x) + queue.begin * C::forward_steps * t.batch;
-    multiply_fused<S, C, true>(t, t.sums, queue.begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
-      constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
-      constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+    const int64_t step = queue.begin * C::forward_steps;
+    const X* all = static_cast<const X*>(t.x) + step * t.batch;
+    const auto body = [&](auto first, auto& sum, int64_t begin, int64_t end) NMKERN_FLAT {
+      constexpr int kChains = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
+      constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+      constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 2>;
       constexpr bool kReplaces = replaces_words<S, C, true>(kRows) && first + kNow == kVectors;
-      const X* x = all;
-      for (int64_t i = 0; i < queue.count(); ++i) {
+      const X* x = all + begin * C::forward_steps * kRows;
+      for (int64_t i = begin; i < end; ++i) {
         Rounds<S> state;
         for (int piece = 0; piece < C::forward_steps / kSteps; ++piece, x += kSteps * kRows) {
           typename C::Prepared prepared[kNow];
@@ -209,15 +254,16 @@ void forward_fused(const Tile& t) {
           });
           unroll<kSteps>([&](auto f) NMKERN_FLAT {
             typename C::Weight w[kNow];
-            unroll<kNow>([&](auto r) NMKERN_FLAT { w[r] = C::template decode<f>(prepared[r]); });
-            multiply<S, C, kNow, kRows>(sum, w, x + f * kRows);
+            decode_field<C, f>(w, prepared);
+            multiply<S, C, kNow, kRows>(sum[f % kChains], w, x + f * kRows);
             if constexpr (kReplaces && kSteps == C::forward_steps)
               queue.template replace<f, kSteps>(i, state);
           });
         }
         if constexpr (kReplaces && kSteps < C::forward_steps) queue.template replace<0, 1>(i, state);
       }
-    });
+    };
+    multiply_fused<S, C, true, C::forward_steps>(t, 0, t.sums, step, queue.count(), body);
   }
 }
 
@@ -340,24 +386,27 @@ constexpr auto next_chunk(std::integral_constant<int, Chunk>) {
 template <class S, class C, class Queue, class Chunk>
 void transposed_fused(const Tile& t, const Queue& queue, Chunk chunk, float* sums) {
   using X = typename C::X;
-  const X* all = static_cast<const X*>(t.x) + queue.begin * C::patch_steps * t.batch;
-  multiply_fused<S, C, false>(t, sums, queue.begin == 0, [&](auto first, auto& sum) NMKERN_FLAT {
-    constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
-    constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+  const int64_t at = queue.begin * C::patch_steps;
+  const X* all = static_cast<const X*>(t.x) + at * t.batch;
+  const auto body = [&](auto first, auto& sum, int64_t begin, int64_t end) NMKERN_FLAT {
+    constexpr int kChains = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
+    constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+    constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 2>;
     constexpr bool kReplaces = replaces_words<S, C, false>(kRows) && first + kNow == kVectors &&
                                is_last_chunk<C, Chunk>;
-    const X* x = all;
-    for (int64_t i = 0; i < queue.count(); ++i) {
+    const X* x = all + begin * C::patch_steps * kRows;
+    for (int64_t i = begin; i < end; ++i) {
       Rounds<S> state;
       unroll<C::patch_steps>([&](auto step) NMKERN_FLAT {
         typename C::Weight w[kNow];
         decode_step<S, C, first, kNow>(w, queue[i], step, chunk);
-        multiply<S, C, kNow, kRows>(sum, w, x);
+        multiply<S, C, kNow, kRows>(sum[step % kChains], w, x);
         x += kRows;
         if constexpr (kReplaces) queue.template replace<step, C::patch_steps>(i, state);
       });
     }
-  });
+  };
+  multiply_fused<S, C, false, C::patch_steps>(t, chunk, sums, at, queue.count(), body);
 }
 
 // Chunk number `chunk` of the words in use as a tile: [step][kVectors].
@@ -377,17 +426,18 @@ void decode_chunk(const Queue& queue, Chunk chunk, typename C::Weight* to) {
 template <class S, class C>
 void multiply_whole(const Tile& t, const typename C::Weight* weights, int64_t first, int64_t steps, float* sums) {
   const auto* all = static_cast<const typename C::X*>(t.x) + first * t.batch;
-  multiply_fused<S, C, false>(t, sums, first == 0, [&](auto vector, auto& sum) NMKERN_FLAT {
-    constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 0>;
-    constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
-    const typename C::Weight* from = weights + vector;
-    const auto* x = all;
-    for (int64_t k = 0; k < steps; ++k, from += kVectors, x += kRows) {
+  const auto body = [&](auto vector, auto& sum, int64_t begin, int64_t end) NMKERN_FLAT {
+    constexpr int kNow = std::extent_v<std::remove_reference_t<decltype(sum)>, 1>;
+    constexpr int kRows = std::extent_v<std::remove_reference_t<decltype(sum)>, 2>;
+    const typename C::Weight* from = weights + begin * kVectors + vector;
+    const auto* x = all + begin * kRows;
+    for (int64_t k = begin; k < end; ++k, from += kVectors, x += kRows) {
       typename C::Weight w[kNow];
       unroll<kNow>([&](auto o) NMKERN_FLAT { w[o] = from[o]; });
-      multiply<S, C, kNow, kRows>(sum, w, x);
+      multiply<S, C, kNow, kRows>(sum[0], w, x);
     }
-  });
+  };
+  multiply_fused<S, C, false, 1>(t, 0, sums, first, steps, body);
 }
 
 // The first block of rows with the tile of a chunk, which the next chunk's weights replace as they serve; or, of the

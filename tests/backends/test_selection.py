@@ -59,6 +59,7 @@ FLAGS = {
     "amx": {*_BF16, "amx_tile", "amx_bf16"},
     "avx512_bf16": _BF16,
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512_vbmi2"},
+    "avx2_subnormal": {"avx2", "fma", "f16c", "bmi2"},
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
     "portable": set(),
 }

@@ -188,7 +188,8 @@ void check_flynet(int64_t batch) {
 
 int main() {
   for (const Kernels* k :
-       {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_kernels(), portable_kernels()}) {
+       {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_subnormal_kernels(), avx2_kernels(),
+        portable_kernels()}) {
     if (!k || !set_kernels(k->name)) continue;
     for (int64_t batch : {1, 2, 3, 5, 13, 40}) {
       for (Family family : {Family::rademacher, Family::uniform, Family::normal})
@@ -201,6 +202,9 @@ int main() {
     // More than one part of the rows, and for a matrix unit blocks of the reduction and groups of tiles.
     check_dense(Family::uniform, false, 130, Dtype::float32, 600, 1500);
     check_dense(Family::uniform, true, 130, Dtype::float32, 1500, 1200);
+    // Few rows of a matrix so large that x is prepared for it.
+    for (Family family : {Family::rademacher, Family::uniform, Family::normal})
+      for (bool transposed : {false, true}) check_dense(family, transposed, 3, Dtype::float32, 600, 523);
     // Rows of so many columns that not all are packed at a time.
     check_dense(Family::uniform, false, 9, Dtype::bfloat16, 3, 1 << 20);
     std::puts(k->name);

@@ -155,6 +155,21 @@ def test_integers_give_exact_results_and_gradients(backend, threads, few, family
             check_exactly(x, view, named, dy)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integers_give_exact_results_and_gradients_of_few_rows(backend, threads, few, family, dtype):
+    """By matrices so large that kernels prepare x for them; sums are at most M * K * 2 * 252 = 2.1e6."""
+    if backend == "triton":
+        pytest.skip("the interpreter takes minutes, and the kernels are those of small matrices")
+    kinds = itertools.cycle(("vectors", "rows", "banks", "plain", "mixed", "in", "out"))
+    cases = zip(range(1, 8), kinds, itertools.cycle((1, 2, 3)), strict=False)
+    for rows, kind, count in few(cases, 1, FAMILIES.index(family), cuda=3):
+        threads(count, backend)
+        x, _, named, dy = integer_case(family, kind, rows, 600, 523, dtype)
+        check_exactly(x, exact_matrix(family, 528, 613, -10)[5:, 13:], named, dy)
+        check_exactly(x, exact_matrix(family, 613, 528, -10)[13:, 5:].T, named, dy)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("k", "n"), [(5003, 67), (67, 5003), (1, 2500), (2500, 1)])
 def test_integers_give_exact_results_on_long_sums(backend, threads, few, family, k, n):
@@ -237,13 +252,13 @@ def test_a_product_that_is_cut_in_every_direction(backend, threads, dtype, trans
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factor_gain_and_bias_are_rounded_one_after_the_other(backend, family):
     """y = fl(fl(fl(S * factor) * out_gain) + bias) with S an exact integer: no fused multiply-add."""
-    matrix = RandomMatrix(90, 130, seed=8, family=family, scale=0.123)
-    codes = exact_matrix(family, 90, 130, seed=8).materialize()
-    for rows in (1, 4, 7, 40):
+    for rows, n, k in ((1, 90, 130), (4, 90, 130), (7, 90, 130), (40, 90, 130), (2, 523, 600), (5, 523, 600)):
+        matrix = RandomMatrix(n, k, seed=8, family=family, scale=0.123)
+        codes = exact_matrix(family, n, k, seed=8).materialize()
         g = generator(rows)
-        x = integers((rows, 130), 3, g)
-        out_gain, bias = normals((90,), g), normals((90,), g)
-        total = (x.double() @ codes.double().T).float()  # at most 130 * 3 * 252 < 2^24
+        x = integers((rows, k), 3, g)
+        out_gain, bias = normals((n,), g), normals((n,), g)
+        total = (x.double() @ codes.double().T).float()  # at most 600 * 3 * 252 < 2^24
         want = total * matrix.factor * out_gain + bias
         assert torch.equal(modulated_linear(x, matrix, out_gain=out_gain, bias=bias), want)
         half = modulated_linear(x.bfloat16(), matrix, out_gain=out_gain, bias=bias)
@@ -523,7 +538,8 @@ def test_nan_reaches_its_own_row_and_context_only(backend, rows):
 def test_a_row_that_is_not_finite_changes_no_bit_of_others(backend, rows, dtype):
     """A context that diverges shares batches with others, which are to be as if it were not there."""
     for family in FAMILIES:
-        matrix = RandomMatrix(19, 300, seed=4, family=family)
+        # Of few rows kernels prepare x for a matrix that is large.
+        matrix = RandomMatrix(900 if rows == 3 and backend != "triton" else 19, 300, seed=4, family=family)
         x = normals((rows, 300), generator(1)).to(dtype)
         clean, others = modulated_linear(x, matrix), torch.arange(rows) != rows // 2
         for value in (float("nan"), float("-inf")):
@@ -532,6 +548,24 @@ def test_a_row_that_is_not_finite_changes_no_bit_of_others(backend, rows, dtype)
             y = modulated_linear(hurt, matrix)
             assert not y[rows // 2].isfinite().any()
             assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flushing_subnormal_numbers_changes_no_weight(backend_once, family):
+    """Kernels may hold weights as subnormal numbers, which PyTorch can be told to count as zero."""
+    matrix = RandomMatrix(900, 300, seed=4, family=family)
+    g, tiny = generator(1), torch.tensor([2.0**-140])
+    x, dy = normals((3, 300), g), normals((3, 900), g)
+    wants = modulated_linear(x, matrix), modulated_linear(dy, matrix.T)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush subnormal numbers")
+    try:
+        found = modulated_linear(x, matrix), modulated_linear(dy, matrix.T)
+        flushed = tiny * 2
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed == 0, "a call has changed the mode of its thread"
+    assert all(map(torch.equal, found, wants))
 
 
 @pytest.mark.parametrize("rows", [4, 8, 40])
