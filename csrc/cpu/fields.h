@@ -12,6 +12,8 @@
 // uniform and rademacher: 3.5e-7 and 2.6e-7 for normal x, 4.6e-7 and 3.5e-7 where none is negative.
 #pragma once
 
+#include <bit>
+
 #include "../stream.h"
 
 namespace nmkern::cpu {
@@ -27,6 +29,16 @@ constexpr int field_place(Family family, int field) {
   const int bit = field_bit(family, field);
   return bit < kFieldBits ? bit : bit - kFieldShift;
 }
+constexpr bool is_subnormal_in_place(Family family) {
+  for (int f = 0; f < columns_per_word(family); ++f) {
+    const int place = field_place(family, f);
+    const float all_ones = std::bit_cast<float>(field_mask(family) << place);
+    if (double{all_ones} != field_mask(family) * 0x1p-149 * double(1 << place)) return false;
+  }
+  return true;
+}
+static_assert(is_subnormal_in_place(Family::uniform) && is_subnormal_in_place(Family::rademacher));
+
 // Steps of the reduction in a run.
 constexpr int field_run(Family family) { return family == Family::rademacher ? 64 : 32; }
 
