@@ -29,8 +29,7 @@ bool cpu_has(const Kernels& kernels) {
 // hundredth of that; Zen and Zen 2 have not been measured.
 bool slow(const Kernels& kernels) {
 #if defined(__x86_64__)
-  if (!std::strcmp(kernels.name, "avx2_subnormal"))
-    return !__builtin_cpu_is("amdfam19h");
+  if (!std::strcmp(kernels.name, "avx2_subnormal")) return !__builtin_cpu_is("amdfam19h");
   return !std::strcmp(kernels.name, "avx512_bf16") && __builtin_cpu_is("intel");
 #else
   return false;
