@@ -5,6 +5,10 @@ and records registers, spilled bytes and shared memory; of the main loop of prod
 per weight and thread, what multiplies (HMMA or HGMMA), asynchronous copies of 16 bytes, and stores to shared
 memory, where weights have no business. The committed table is what tests/backends/test_triton_resources.py
 holds kernels to.
+
+They compile for AMD, too, where the table says nothing and that test holds them to spilling nothing and to
+the 64 KiB of shared memory (LDS) that a workgroup has there. Triton then has to be imported as for AMD:
+with ``torch.version.hip`` set.
 """
 
 import re
@@ -33,20 +37,28 @@ _INPUTS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
-def variants() -> dict[str, dict[str, Any]]:
-    """Name of each kernel that is kept in the table, and what it is compiled for."""
+# A compute capability of NVIDIA's, or the name of an AMD GPU.
+Arch = int | str
+
+
+def _name_of(arch: Arch) -> str:
+    return arch if isinstance(arch, str) else f"sm_{arch}"
+
+
+def variants(*archs: Arch) -> dict[str, dict[str, Any]]:
+    """Name of each kernel that is kept in the table, and what it is compiled for (default: the table's)."""
     found: dict[str, dict[str, Any]] = {}
 
-    def product(arch: int, family: str, batch: int, dtype: str, **also: bool) -> None:
+    def product(arch: Arch, family: str, batch: int, dtype: str, **also: bool) -> None:
         for transposed in (False, True):
             said = "".join(f" {word}" for word in also)
             way = "transposed" if transposed else "forward"
-            found[f"sm_{arch} {family} {way} {batch} {dtype}{said}"] = {
+            found[f"{_name_of(arch)} {family} {way} {batch} {dtype}{said}"] = {
                 **{"arch": arch, "family": family, "transposed": transposed, "batch": batch, "dtype": dtype},
                 **also,
             }
 
-    for arch in (80, 90):
+    for arch in archs or (80, 90):
         for family in stream.DENSE_FAMILIES:
             for batch, dtypes in (*_PRODUCTS.items(), *(_UNIFORM.items() if family == "uniform" else ())):
                 for dtype in dtypes:
@@ -55,7 +67,7 @@ def variants() -> dict[str, dict[str, Any]]:
         for family in ("uniform", "normal"):
             product(arch, family, 128, "float32", tf32=True)
         for name, build in _OTHERS.items():
-            found[f"sm_{arch} {name}"] = {"arch": arch, "build": build}
+            found[f"{_name_of(arch)} {name}"] = {"arch": arch, "build": build}
     return found
 
 
@@ -67,6 +79,13 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
         compiled = _compile(kernel, given, pointers, variant["arch"], warps)
     else:
         compiled, weights = _compile_product(**variant)
+    if "amdgcn" in compiled.asm:
+        used = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", compiled.asm["amdgcn"]))
+        return {
+            "registers": int(used["vgpr_count"]),
+            "spilled_bytes": int(used["private_segment_fixed_size"]),
+            "shared_bytes": compiled.metadata.shared,
+        }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -91,7 +110,9 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
     return row
 
 
-def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int, warps: int, stages: int = 2):
+def _compile(
+    kernel, given: dict[str, Any], pointers: dict[str, str], arch: Arch, warps: int, stages: int = 2
+):
     """Compile for int32 sizes; ``given`` are constants, pointers that are not given are None."""
     signature, constants = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -108,11 +129,22 @@ def _compile(kernel, given: dict[str, Any], pointers: dict[str, str], arch: int,
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=_target(arch), options=options)
+
+
+def _target(arch: Arch) -> GPUTarget:
+    if isinstance(arch, str):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    return GPUTarget("cuda", arch, 32)
+
+
+def _major(arch: Arch) -> int:
+    """As PyTorch tells it: of gfx942, 9."""
+    return int(arch[3:-2]) if isinstance(arch, str) else arch // 10
 
 
 def _compile_product(
-    arch: int,
+    arch: Arch,
     family: str,
     transposed: bool,
     batch: int,
@@ -134,7 +166,7 @@ def _compile_product(
         **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "PARTS": parts},
         **{"CHAINS": split > 1, "DTYPE": _TYPES[operand], "FIELDS": tile.fields},
         **{"BO": tile.outputs, "BR": step},
-        **{"BM": tile.batch, "WARPS": tile.warps, "PIECES": 2 if arch < 90 and tile.batch >= 64 else 1},
+        **{"BM": tile.batch, "WARPS": tile.warps, "PIECES": launch.pieces(_major(arch), tile.batch)},
     }
     pointers = {
         "x": _INPUTS[operand if parts else dtype],
@@ -147,7 +179,7 @@ def _compile_product(
         pointers |= {"context": "*i64"}
     if scaled:
         pointers |= {"row_scale": "*fp32"}
-    stages = launch.stages(tile, arch // 10)
+    stages = launch.stages(tile, _major(arch))
     compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, stages)
     return compiled, tile.outputs * step / (32 * tile.warps)
 

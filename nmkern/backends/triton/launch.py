@@ -229,18 +229,22 @@ def stages(tile: configs.Tile, major: int) -> int:
     In a loop that it pipelines for Hopper, Triton before 3.9 overwrites registers that wgmma may still read
     (16 of the 50 kernels in the committed table, by Triton 3.6, 3.7.1 and 3.8 alike), and before 3.7.1 it
     leaves out the fence between cp.async and wgmma. One tile is not pipelined, and has neither.
+
+    On AMD weights go through shared memory, of which most of its GPUs give a program 64 KiB: with one tile of
+    x all products fit (gfx90a, gfx942, gfx950), with more those of rademacher took 72 to 96.
     """
-    broken = VERSION < (3, 9) and major == 9 and torch.version.hip is None
-    return 1 if broken else tile.stages
+    if torch.version.hip is not None:
+        return 1
+    return 1 if VERSION < (3, 9) and major == 9 else tile.stages
 
 
-def pieces(device: torch.device, batch: int) -> int:
-    """In how many pieces product_kernel multiplies ``batch`` rows of x.
+def pieces(major: int, batch: int) -> int:
+    """In how many pieces product_kernel multiplies ``batch`` rows of x on a GPU of a compute capability.
 
     Before Hopper, Triton gives the warps of a single square product columns too, and weights would go through
     shared memory; of two products with the same weights, each warp owns whole rows.
     """
-    return 1 if batch < 64 or major_of(device) in (0, 9, 10) else 2
+    return 1 if batch < 64 or major in (0, 9, 10) else 2
 
 
 def _prepare(x, in_gain, context, plan: Plan) -> tuple[Tensor, Tensor | None]:
@@ -269,6 +273,7 @@ def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, 
     if plan.parts:
         (x, row_scale), strides = _prepare(x, in_gain, context, plan), (0, 0)
     device, contexts = x.device, (contexts_of(out_gain), contexts_of(bias))
+    major = major_of(device)
     values = (x, out_gain, bias, context, y, table_of(device, plan.table), row_scale, factor)
     layout = (*contexts, *strides, *strides_of(out_gain), *strides_of(bias))
 
@@ -280,8 +285,8 @@ def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, 
             OUT_BANK=contexts[0] > 1,
             BIAS_BANK=contexts[1] > 1,
             PARTIAL=partial,
-            PIECES=pieces(device, plan.tile.batch),
-            num_stages=stages(plan.tile, major_of(device)),
+            PIECES=pieces(major, plan.tile.batch),
+            num_stages=stages(plan.tile, major),
         )
 
     if autotune.enabled(device):
