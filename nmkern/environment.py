@@ -8,7 +8,7 @@ import os
 
 VARIABLES = {
     "NMKERN_BACKEND": "force one backend for every call (cpu, cuda, triton, reference)",
-    "NMKERN_CPU_ISA": "instructions of CPU kernels: amx, avx512_bf16, avx512, avx2_subnormal, avx2, portable",
+    "NMKERN_CPU_ISA": "force CPU kernels: amx, avx512_bf16, avx512, avx2_subnormal, avx2, neon, portable",
     "NMKERN_TRITON_AUTOTUNE": "1: choose the tiles of Triton's kernels by timing, once per GPU and shape",
     "XDG_CACHE_HOME": "where those choices are kept, in nmkern/tiles (default: ~/.cache)",
     "TRITON_INTERPRET": "1: Triton's kernels run on CPU tensors too, in its interpreter (for tests)",

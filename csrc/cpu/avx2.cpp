@@ -30,6 +30,7 @@ struct Avx2 {
   template <Family Fam>
   using Prepared = std::conditional_t<Fam == Family::normal, Bytes, U>;
   static constexpr int lanes = 8;
+  static constexpr int hash_vectors = 2;
   static constexpr int max_block = 3;  // 12 sums, 1 weight, 3 x of 16 registers; 2 rows: 15 % slower at M = 256
   static constexpr int tile_block = 3;
   static constexpr int fused_block = 2;  // 8 sums, 4 weights, 1 x, 2 constants
@@ -45,12 +46,10 @@ struct Avx2 {
     const V all = _mm256_add_epi32(set1(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     return odd ? high(all) : all;
   }
-  static NMKERN_INLINE U merge(V even, V odd) {
-    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  static NMKERN_INLINE U merge(const V (&p)[2]) {
+    return _mm256_blend_epi32(p[0], _mm256_slli_epi64(p[1], 32), 0xAA);
   }
-  static NMKERN_INLINE U merge_high(V even, V odd) {
-    return _mm256_blend_epi32(high(even), odd, 0xAA);
-  }
+  static NMKERN_INLINE U merge_high(const V (&p)[2]) { return _mm256_blend_epi32(high(p[0]), p[1], 0xAA); }
   static NMKERN_INLINE U xor_words(U a, U b, U c) { return xor3(a, b, c); }
 
   static NMKERN_INLINE U set_words(uint32_t v) { return set1(v); }

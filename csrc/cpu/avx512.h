@@ -19,6 +19,7 @@ struct Avx512 {
   using RowHasher = cpu::RowHasher<Avx512>;
   using ColumnHasher = cpu::ColumnHasher<Avx512>;
   static constexpr int lanes = 16;
+  static constexpr int hash_vectors = 2;
   static constexpr int max_block = 6;  // 24 sums, 4 weights, 1 x, 1 to 3 constants of 32 registers
   static constexpr int tile_block = 4;  // 16 sums: leaves room for a hash, see multiply_replacing
   static constexpr int fused_block = 6;
@@ -35,11 +36,11 @@ struct Avx512 {
         set1(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     return odd ? high(all) : all;
   }
-  static NMKERN_INLINE U merge(V even, V odd) {
-    return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  static NMKERN_INLINE U merge(const V (&p)[2]) {
+    return _mm512_mask_shuffle_epi32(p[0], 0xAAAA, p[1], _MM_PERM_CCAA);
   }
-  static NMKERN_INLINE U merge_high(V even, V odd) {
-    return _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+  static NMKERN_INLINE U merge_high(const V (&p)[2]) {
+    return _mm512_mask_shuffle_epi32(p[1], 0x5555, p[0], _MM_PERM_DDBB);
   }
   static NMKERN_INLINE U xor_words(U a, U b, U c) { return xor3(a, b, c); }
 

@@ -3,10 +3,10 @@
 //   RowHasher(key, tag, c1)     lanes hold c1, c1 + 1, ...   call(c0): word r of every lane's patch
 //   ColumnHasher(key, tag, c0)  lanes hold c0, c0 + 1, ...   call(c1)
 //
-// Even and odd lanes are hashed apart as 64-bit products, whose halves need no shuffle: 4 multiplies,
-// 4 shifts and 4 three-way xors a round. In rounds 1 to 3 half of the state depends on the lane alone
-// or on the loop alone; that half is computed once per tile or as scalars, which leaves 18 of the 28
-// vector multiplies.
+// On x86 even and odd lanes are hashed apart as 64-bit products, whose halves need no shuffle: 4 multiplies,
+// 4 shifts and 4 three-way xors a round; S::hash_vectors is 2. Where it is 1, a V holds all lanes. In rounds
+// 1 to 3 half of the state depends on the lane alone or on the loop alone; that half is computed once per tile
+// or as scalars, which leaves 18 of the 28 vector multiplies.
 #pragma once
 
 #include "unroll.h"
@@ -48,15 +48,16 @@ constexpr int kStages = 5;
 
 template <class S>
 struct Rounds {
-  using V = typename S::V;  // 32-bit words in the low halves of 64-bit lanes; high halves are noise
+  using V = typename S::V;  // products, of which the low words count: 64-bit lanes whose high halves are noise
+  static constexpr int kHalves = S::hash_vectors;
 
-  V c0[2], c1[2], c2[2], c3[2];
+  V c0[kHalves], c1[kHalves], c2[kHalves], c3[kHalves];
 
   // Stage 0 is the hasher's `begin`, rounds 1 to 3; stages 1 to 3 are a round each.
   template <class Keys>
   NMKERN_INLINE void round(const Keys& keys, int stage) {
     const V k0 = S::set1(keys.k0(stage + 2)), k1 = S::set1(keys.k1(stage + 2));
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kHalves; ++h) {
       const V p0 = S::multiply(c0[h], kMultiplier0);
       const V p1 = S::multiply(c2[h], kMultiplier1);
       c0[h] = S::xor3(S::high(p1), c1[h], k0);
@@ -69,14 +70,15 @@ struct Rounds {
   // where merging the words of a whole round takes 8 and 4.
   template <class Keys>
   NMKERN_INLINE void finish(const Keys& keys, typename S::U (&word)[4]) const {
-    const V p0[2] = {S::multiply(c0[0], kMultiplier0), S::multiply(c0[1], kMultiplier0)};
-    const V p1[2] = {S::multiply(c2[0], kMultiplier1), S::multiply(c2[1], kMultiplier1)};
-    word[0] =
-        S::xor_words(S::merge_high(p1[0], p1[1]), S::merge(c1[0], c1[1]), S::set_words(keys.k0(kRounds - 1)));
-    word[1] = S::merge(p1[0], p1[1]);
-    word[2] =
-        S::xor_words(S::merge_high(p0[0], p0[1]), S::merge(c3[0], c3[1]), S::set_words(keys.k1(kRounds - 1)));
-    word[3] = S::merge(p0[0], p0[1]);
+    V p0[kHalves], p1[kHalves];
+    for (int h = 0; h < kHalves; ++h) {
+      p0[h] = S::multiply(c0[h], kMultiplier0);
+      p1[h] = S::multiply(c2[h], kMultiplier1);
+    }
+    word[0] = S::xor_words(S::merge_high(p1), S::merge(c1), S::set_words(keys.k0(kRounds - 1)));
+    word[1] = S::merge(p1);
+    word[2] = S::xor_words(S::merge_high(p0), S::merge(c3), S::set_words(keys.k1(kRounds - 1)));
+    word[3] = S::merge(p0);
   }
 };
 static_assert(kRounds == 7);
@@ -99,13 +101,13 @@ template <class S, class Keys = ComputedKeys>
 class RowHasher {
   using V = typename S::V;
   uint32_t tag_;
-  V high_[2], low_[2];  // of round 2's first product, which depends on c1 alone
+  V high_[S::hash_vectors], low_[S::hash_vectors];  // of round 2's first product, which depends on c1 alone
 
  public:
   const Keys keys;
 
   RowHasher(Key k, uint32_t tag, uint32_t c1) : tag_(tag), keys{k} {
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < S::hash_vectors; ++h) {
       const V p = S::multiply(S::xor2(S::lanes_from(c1, h), S::set1(keys.k0(0))), kMultiplier0);
       high_[h] = S::high(p);
       low_[h] = p;
@@ -119,7 +121,7 @@ class RowHasher {
     const V mix = S::set1(r1.low ^ keys.k1(1));
     const V k0 = S::set1(r2.low ^ keys.k0(2));
     const V k1 = S::set1(r3.high ^ keys.k1(2));
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < S::hash_vectors; ++h) {
       const V p = S::multiply(S::xor2(high_[h], mix), kMultiplier1);
       state.c0[h] = S::xor2(S::high(p), k0);
       state.c1[h] = p;
@@ -136,15 +138,16 @@ class RowHasher {
 template <class S, class Keys = ComputedKeys>
 class ColumnHasher {
   using V = typename S::V;
-  V low1_[2];             // of round 1's first product
-  V low2_[2];             // of round 2's second product
-  V high3_[2], low3_[2];  // of round 3's first product; all depend on c0 alone
+  using Vs = V[S::hash_vectors];
+  Vs low1_;          // of round 1's first product
+  Vs low2_;          // of round 2's second product
+  Vs high3_, low3_;  // of round 3's first product; all depend on c0 alone
 
  public:
   const Keys keys;
 
   ColumnHasher(Key k, uint32_t tag, uint32_t c0) : keys{k} {
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < S::hash_vectors; ++h) {
       const V p = S::multiply(S::lanes_from(c0, h), kMultiplier0);
       const V q = S::multiply(S::xor2(S::high(p), S::set1(tag ^ keys.k1(0))), kMultiplier1);
       const V r = S::multiply(S::xor2(S::high(q), S::set1(keys.k0(1))), kMultiplier0);
@@ -160,7 +163,7 @@ class ColumnHasher {
     const V mix = S::set1(r2.high ^ keys.k1(1));
     const V k0 = S::set1(keys.k0(2));
     const V k1 = S::set1(r2.low ^ keys.k1(2));
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < S::hash_vectors; ++h) {
       const V p = S::multiply(S::xor2(low1_[h], mix), kMultiplier1);
       state.c0[h] = S::xor3(S::high(p), low2_[h], k0);
       state.c1[h] = p;

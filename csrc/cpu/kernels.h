@@ -174,6 +174,7 @@ const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_subnormal_kernels();
 const Kernels* avx2_kernels();
+const Kernels* neon_kernels();
 const Kernels* portable_kernels();
 
 const MatrixUnit* amx_unit();

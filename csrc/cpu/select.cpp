@@ -19,6 +19,7 @@ bool cpu_has(const Kernels& kernels) {
   if (!std::strcmp(kernels.name, "avx2") || !std::strcmp(kernels.name, "avx2_subnormal"))
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
+  if (!std::strcmp(kernels.name, "neon")) return true;  // where it is built, all CPUs have it
   return !std::strcmp(kernels.name, "portable");
 }
 
@@ -40,7 +41,7 @@ bool slow(const Kernels& kernels) {
 const Kernels* find(const char* name) {
   for (const Kernels* k :
        {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_subnormal_kernels(), avx2_kernels(),
-        portable_kernels()})
+        neon_kernels(), portable_kernels()})
     if (k && cpu_has(*k) && (name ? !std::strcmp(name, k->name) : !slow(*k))) return k;
   return nullptr;
 }

@@ -29,7 +29,7 @@ NMKERN_INLINE void multiply(typename S::F (&sum)[Vectors][Rows],
                             const typename C::Weight (&w)[Vectors], const typename C::X* x) {
   // Whichever are fewer stay in registers and the others are loaded one at a time: AVX2 has 16 registers.
   if constexpr (Rows < Vectors) {
-    typename C::Weight value[Rows];
+    decltype(C::broadcast(x)) value[Rows];
     unroll<Rows>([&](auto m) NMKERN_FLAT { value[m] = C::broadcast(x + m); });
     unroll<Vectors>([&](auto o) NMKERN_FLAT {
       unroll<Rows>([&](auto m) NMKERN_FLAT { sum[o][m] = C::fma(w[o], value[m], sum[o][m]); });
@@ -487,7 +487,7 @@ void transposed(const Tile& t) {
       multiply_tile<S, C>(t, weights, first, steps, sums, kReplaces ? t.block : 0);
       if constexpr (kReplaces) transposed_replacing<S, C>(t, queue, chunk, weights, sums);
     };
-    if constexpr (kChunks <= S::unrolled_chunks) {
+    if constexpr (kChunks <= S::unrolled_chunks || C::run_steps != 0) {  // sums of fields are by their places
       unroll<kChunks>(run);
     } else {
       for (int chunk = 0; chunk < kChunks - S::interleaved; ++chunk) run(chunk);

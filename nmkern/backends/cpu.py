@@ -14,7 +14,7 @@ from nmkern.backends import build, packed, primitives
 
 LIBRARY_PATH = build.PACKAGE / "_native.so"
 BUILD_RECORD = build.PACKAGE / "native_build.json"
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2_subnormal", "avx2", "portable")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2_subnormal", "avx2", "neon", "portable")
 
 primitives.define("cpu")
 

@@ -61,6 +61,7 @@ FLAGS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512vbmi", "avx512_vbmi2"},
     "avx2_subnormal": {"avx2", "fma", "f16c", "bmi2"},
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "neon": {"asimd"},
     "portable": set(),
 }
 

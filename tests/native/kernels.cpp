@@ -8,6 +8,10 @@
 #include <set>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "../../csrc/cpu/dense.h"
 #include "../../csrc/cpu/flynet.h"
 #include "../../csrc/cpu/kernels.h"
@@ -80,6 +84,19 @@ void check(bool same, const char* what, int64_t batch) {
   if (same) return;
   std::printf("%s: %s differs at a batch of %d\n", kernels().name, what, int(batch));
   std::exit(1);
+}
+
+// As torch.set_flush_denormal; by kernels that multiply subnormal numbers it is not heard.
+void flush_subnormal(bool on) {
+#if defined(__x86_64__)
+  _mm_setcsr((_mm_getcsr() & ~0x8040u) | (on ? 0x8040 : 0));
+#elif defined(__aarch64__)
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  asm volatile("msr fpcr, %0" ::"r"((mode & ~uint64_t{1 << 24}) | uint64_t{on} << 24));
+#else
+  (void)on;
+#endif
 }
 
 void check_dense(Family family, bool transposed, int64_t batch, Dtype dtype, int64_t rows = 71,
@@ -189,7 +206,7 @@ void check_flynet(int64_t batch) {
 int main() {
   for (const Kernels* k :
        {amx_kernels(), avx512_bf16_kernels(), avx512_kernels(), avx2_subnormal_kernels(), avx2_kernels(),
-        portable_kernels()}) {
+        neon_kernels(), portable_kernels()}) {
     if (!k || !set_kernels(k->name)) continue;
     for (int64_t batch : {1, 2, 3, 5, 13, 40}) {
       for (Family family : {Family::rademacher, Family::uniform, Family::normal})
@@ -205,6 +222,9 @@ int main() {
     // Few rows of a matrix so large that x is prepared for it.
     for (Family family : {Family::rademacher, Family::uniform, Family::normal})
       for (bool transposed : {false, true}) check_dense(family, transposed, 3, Dtype::float32, 600, 523);
+    flush_subnormal(true);
+    for (Family family : {Family::rademacher, Family::uniform}) check_dense(family, false, 3, Dtype::float32, 600, 523);
+    flush_subnormal(false);
     // Rows of so many columns that not all are packed at a time.
     check_dense(Family::uniform, false, 9, Dtype::bfloat16, 3, 1 << 20);
     std::puts(k->name);
