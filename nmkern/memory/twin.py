@@ -62,8 +62,6 @@ class StoredLinear(ModulatedLinear):
         if isinstance(selected, Tensor):
             rows = check_context(selected, x)  # as int64: an index of uint8 would be taken for a mask
             tensors = {name: bank[rows] for name, bank in tensors.items()}
-            if "strength" in tensors:
-                tensors["strength"] = tensors["strength"].unsqueeze(-1)
         y = F.linear(x * tensors["in_gain"] if "in_gain" in tensors else x, self.weight)
         for name in ("strength", "out_gain"):
             if name in tensors:

@@ -90,5 +90,5 @@ class FlyNet(ContextModule):
             self.decoder.matrix,
             gain=tensors["in_gain"],
             context=None if isinstance(selected, int) else selected,
-            strength=tensors["strength"],
+            strength=tensors["strength"].squeeze(-1),
         )

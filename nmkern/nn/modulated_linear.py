@@ -40,7 +40,7 @@ class ModulatedLinear(ContextLayer):
         scale: standard deviation of the weights; default ``1 / sqrt(3 K)``, that of torch.nn.Linear.
         gain: what a context modulates: ``"in"`` (a vector ``[K]`` on the inputs), ``"out"`` (``[N]``
             on the outputs), or ``"both"``.
-        strength: whether each context has a scalar that multiplies the weights.
+        strength: whether each context has a scalar ``[1]`` that multiplies the weights.
         init: of gains and strength: ``"ones"`` (the plain random layer), or ``"xavier_normal"`` as in
             arXiv:2204.04297 (gains with std ``sqrt(2 / (features + 1))``, strength with std 1), drawn
             from the stream: the same on every machine, and no random state is touched.
@@ -92,7 +92,7 @@ class ModulatedLinear(ContextLayer):
             features = self.in_features if name == "in_gain" else self.out_features
             tensors[name] = self._initial(name, index, features, like)
         if self._has_strength:
-            tensors["strength"] = self._initial("strength", index, 1, like)[0]
+            tensors["strength"] = self._initial("strength", index, 1, like)
         if self._has_bias:
             tensors["bias"] = like.new_zeros(self.out_features)
         return tensors
@@ -108,12 +108,11 @@ class ModulatedLinear(ContextLayer):
 
     def forward(self, x: Tensor, context: int | Tensor | None = None) -> Tensor:
         selected = self.selected if context is None else context
-        return modulated_linear(
-            x,
-            self.matrix,
-            context=None if isinstance(selected, int) else selected,
-            **self.context_tensors(selected),
-        )
+        tensors = self.context_tensors(selected)
+        if self._has_strength:
+            tensors["strength"] = tensors["strength"].squeeze(-1)  # [1] for FSDP, which shards no scalar
+        rows = None if isinstance(selected, int) else selected
+        return modulated_linear(x, self.matrix, context=rows, **tensors)
 
     def extra_repr(self) -> str:
         scale = self.matrix.scale

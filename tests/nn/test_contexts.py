@@ -141,7 +141,7 @@ def test_resetting_keeps_the_parameters_and_finished_contexts():
 @pytest.mark.parametrize("init", ["ones", "xavier_normal"])
 def test_resetting_a_sharded_model_fills_the_part_that_each_rank_holds(init):
     def build():
-        return ModulatedLinear(8, 6, gain="both", contexts=2, init=init)
+        return ModulatedLinear(8, 6, gain="both", strength=True, contexts=2, init=init)
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
     try:
@@ -153,7 +153,34 @@ def test_resetting_a_sharded_model_fills_the_part_that_each_rank_holds(init):
         parts = [p.to_local() for p in model.parameters()]
     finally:
         torch.distributed.destroy_process_group()
-    assert same(parts, [p.chunk(2)[1] for p in build().parameters()])
+    assert same(parts, [p[(len(p) + 1) // 2 :] for p in build().parameters()])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FlyNet(20, 3, contexts=2),
+        lambda: ModulatedLinear(20, 3, gain="both", strength=True, contexts=2, init="xavier_normal"),
+    ],
+)
+def test_a_sharded_model_trains(build):
+    """By FSDP's second version, which takes no parameter without a dimension."""
+    model, sharded = build(), build()
+    x = normals((4, 20), generator(1))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        for context in (1, torch.tensor([0, 1, 1, 0])):
+            for one in (model, sharded):
+                one.zero_grad()
+                one(x, context).square().sum().backward()
+            # What a call has not used has no gradient, or one of zeros after other calls.
+            for want, got in zip(model.parameters(), sharded.parameters(), strict=True):
+                expected = torch.zeros_like(want) if want.grad is None else want.grad
+                found = torch.zeros_like(want) if got.grad is None else got.grad.to_local()
+                assert torch.equal(found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Selecting

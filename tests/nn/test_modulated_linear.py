@@ -69,7 +69,8 @@ def test_equals_a_linear_layer_that_holds_the_weights(backend_once, gain, streng
     layer.select_context(1)
     named = layer.context_tensors(1)
     x = normals((6, 21), generator(1))
-    want = Expected(x, layer.matrix, {name: value.detach() for name, value in named.items()})
+    given = {name: value.detach().squeeze(-1) for name, value in named.items()}  # the operator's is a scalar
+    want = Expected(x, layer.matrix, given)
     want.check(layer(x))
     # And so does the module that a user would write with stored weights.
     weight = layer.matrix.materialize() * named.get("in_gain", torch.ones(21))
@@ -98,8 +99,8 @@ def test_what_the_arguments_choose():
     assert layer.num_contexts == 3
     shapes = {
         ("in", False, True): {"in_gain": (6,), "bias": (4,)},
-        ("out", True, False): {"out_gain": (4,), "strength": ()},
-        ("both", True, True): {"in_gain": (6,), "out_gain": (4,), "strength": (), "bias": (4,)},
+        ("out", True, False): {"out_gain": (4,), "strength": (1,)},
+        ("both", True, True): {"in_gain": (6,), "out_gain": (4,), "strength": (1,), "bias": (4,)},
     }
     for (gain, strength, bias), want in shapes.items():
         layer = ModulatedLinear(6, 4, bias, gain=gain, strength=strength, contexts=2)
@@ -179,7 +180,7 @@ def test_initial_contexts_come_from_the_stream_and_differ():
     }
     # Forty signs each: two independent lines agree in all of them with a chance of 1e-12.
     lines = [*stacked["in_gain"], *stacked["out_gain"], *layer.matrix.materialize()]
-    lines += [stacked["strength"], stacked["in_gain"][:, 0], stacked["out_gain"][:, 0]]
+    lines += [stacked["strength"][:, 0], stacked["in_gain"][:, 0], stacked["out_gain"][:, 0]]
     lines += [make(1, seed=5).contexts[0].in_gain.detach()]
     assert len({str(line.sign().tolist()) for line in lines}) == len(lines) == 124
 
