@@ -202,18 +202,12 @@ struct FieldCodec : FloatCodec<Avx2>::Of<F> {
 
 void run(const Tile& t) { run_family<Avx2, FloatCodec<Avx2>::Of>(t); }
 
-template <Family F>
-__attribute__((noinline)) void run_fields_of(const Tile& t) {
-  if (t.transposed) transposed<Avx2, FieldCodec<F>>(t);
-  else forward_fused<Avx2, FieldCodec<F>>(t);
-}
 // With subnormal numbers as they are, whatever torch.set_flush_denormal has said.
 void run_fields(const Tile& t) {
   constexpr unsigned kFlush = 0x8040;  // their inputs and results to zero
   const unsigned mode = _mm_getcsr();
   if (mode & kFlush) _mm_setcsr(mode & ~kFlush);
-  if (t.family == Family::rademacher) run_fields_of<Family::rademacher>(t);
-  else run_fields_of<Family::uniform>(t);
+  run_fields_family<Avx2, FieldCodec>(t);
   if (mode & kFlush) _mm_setcsr(mode);
 }
 

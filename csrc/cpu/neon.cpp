@@ -157,19 +157,13 @@ struct FieldCodec : NeonCodec<F> {
 
 void run(const Tile& t) { run_family<Neon, NeonCodec>(t); }
 
-template <Family F>
-__attribute__((noinline)) void run_fields_of(const Tile& t) {
-  if (t.transposed) transposed<Neon, FieldCodec<F>>(t);
-  else forward_fused<Neon, FieldCodec<F>>(t);
-}
 // With subnormal numbers as they are, whatever torch.set_flush_denormal has said.
 void run_fields(const Tile& t) {
   constexpr uint64_t kFlush = 1 << 24 | 1;  // FZ: all, FIZ: inputs
   uint64_t mode;
   asm volatile("mrs %0, fpcr" : "=r"(mode)::"memory");
   if (mode & kFlush) asm volatile("msr fpcr, %0" ::"r"(mode & ~kFlush) : "memory");
-  if (t.family == Family::rademacher) run_fields_of<Family::rademacher>(t);
-  else run_fields_of<Family::uniform>(t);
+  run_fields_family<Neon, FieldCodec>(t);
   if (mode & kFlush) asm volatile("msr fpcr, %0" ::"r"(mode) : "memory");
 }
 

@@ -496,6 +496,18 @@ void transposed(const Tile& t) {
   }
 }
 
+// Few rows, of a family that has fields (fields.h).
+template <class S, class C>
+__attribute__((noinline)) void multiply_fields(const Tile& t) {
+  if (t.transposed) transposed<S, C>(t);
+  else forward_fused<S, C>(t);
+}
+template <class S, template <Family> class C>
+NMKERN_INLINE void run_fields_family(const Tile& t) {
+  if (t.family == Family::rademacher) multiply_fields<S, C<Family::rademacher>>(t);
+  else multiply_fields<S, C<Family::uniform>>(t);
+}
+
 template <template <Family> class C, class Body>
 NMKERN_INLINE void with_codec(Family family, Body&& body) {
   switch (family) {
