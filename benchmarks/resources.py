@@ -63,7 +63,7 @@ def variants(*archs: Arch) -> dict[str, dict[str, Any]]:
             for batch, dtypes in (*_PRODUCTS.items(), *(_UNIFORM.items() if family == "uniform" else ())):
                 for dtype in dtypes:
                     product(arch, family, batch, dtype)
-        product(arch, "uniform", 16, "bfloat16", gained=True, banks=True)
+        product(arch, "uniform", 16, "bfloat16", gained=True)
         for family in ("uniform", "normal"):
             product(arch, family, 128, "float32", tf32=True)
         for name, build in _OTHERS.items():
@@ -150,7 +150,6 @@ def _compile_product(
     batch: int,
     dtype: str,
     gained: bool = False,
-    banks: bool = False,
     tf32: bool = False,
     tile: configs.Tile | None = None,
 ):
@@ -160,9 +159,8 @@ def _compile_product(
     parts = split if scaled or batch > configs.DIRECT_ROWS else 0
     tile, step = tile or configs.tile_of(tag, transposed, batch, split), configs.REDUCTION[tag][transposed]
     operand = "float16" if scaled else dtype
-    partial = batch <= configs.BANK_ROWS and not banks  # these are split, others modulate in the kernel
+    partial = batch <= configs.DIRECT_ROWS  # these are split, others modulate in the kernel
     given = {
-        **dict.fromkeys(("OUT_BANK", "BIAS_BANK"), banks),
         **{"stride_xr": 1, "TAG": tag, "TRANSPOSED": transposed, "PARTIAL": partial, "PARTS": parts},
         **{"CHAINS": split > 1, "DTYPE": _TYPES[operand], "FIELDS": tile.fields},
         **{"BO": tile.outputs, "BR": step},
@@ -175,8 +173,6 @@ def _compile_product(
     }
     if not partial:
         pointers |= {"out_gain": "*fp32", "bias": "*fp32"}
-    if banks:
-        pointers |= {"context": "*i64"}
     if scaled:
         pointers |= {"row_scale": "*fp32"}
     stages = launch.stages(tile, _major(arch))

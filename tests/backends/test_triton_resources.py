@@ -73,7 +73,7 @@ def rows_of(*words):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_small_batch_loop_of_uniform_takes_at_most_eight_instructions_a_weight(arch):
-    """The target of the static analysis, on the committed figures: both dtypes and ways, gains, banks."""
+    """The target of the static analysis, on the committed figures: both dtypes and ways, gains."""
     rows = rows_of(arch, "uniform", "16")
     assert len(rows) == 6
     for name, row in rows.items():

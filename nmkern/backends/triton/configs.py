@@ -32,17 +32,15 @@ REDUCTION = {
 
 # By the size of the batch, up to and with. The accumulators take outputs * batch / (32 * warps) registers of
 # 255: 32, 64, and 128 in the last two, so that two programs fit a multiprocessor and one hashes while the
-# other multiplies. The loop takes 4.3, 4.5, 4.5 and 5.4 instructions a weight (sm_90, uniform, forward), so
+# other multiplies. The loop takes 2.8, 2.8, 3.1 and 4.2 instructions a weight (sm_90, uniform, forward), so
 # the next tile pays from the first row on that would need two of the one before. At 128 rows a weight keeps
-# the tensor cores busy for 1/16 of a clock, and issuing those 5.4 instructions takes 1/24.
+# the tensor cores busy for 1/16 of a clock, and issuing those 4.2 instructions takes 1/30.
 _SMALL, _MIDDLE = Tile(outputs=256, batch=16), Tile(outputs=256, batch=32)
 _LARGE, _HUGE = Tile(outputs=256, batch=64), Tile(outputs=128, batch=128)
 
 # Up to so many rows x is read as it is, unless it has to be multiplied or split first: preparing it saves no
 # instruction there, and is a launch.
 DIRECT_ROWS = _SMALL.batch
-# Beyond so many rows, a bank's values for a tile spilled 24 to 336 bytes: finish_kernel reads them.
-BANK_ROWS = _SMALL.batch
 
 
 def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:

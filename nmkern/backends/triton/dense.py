@@ -257,9 +257,8 @@ _SCALARS = ["M", "k0", "k1", "o_first", "r_first", "r_skip", "chunk", "tiles", "
 @triton.jit(do_not_specialize=_SCALARS)
 def product_kernel(
     x,  # [M, K], K the length of the reduction; or what a kernel above made of it
-    out_gain,  # [out_contexts, N] float32 or None
-    bias,  # [bias_contexts, N] float32 or None
-    context,  # [M] int64 or None
+    out_gain,  # [1, N] float32 or None: of all rows
+    bias,  # [1, N] float32 or None
     y,  # [M, N] in the dtype of x; PARTIAL: [splits, M, N] float32, unscaled sums
     table,  # NORMAL_TABLE in DTYPE
     row_scale,  # [M] float32, or None
@@ -277,16 +276,10 @@ def product_kernel(
     tiles,  # of the reduction
     m_blocks,
     o_blocks,
-    out_contexts,
-    bias_contexts,
     stride_xm,
     stride_xr,
-    stride_ot,
     stride_of,
-    stride_bt,
     stride_bf,
-    OUT_BANK: tl.constexpr,  # whether out_gain has several rows; else one serves the whole batch
-    BIAS_BANK: tl.constexpr,
     TAG: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -326,9 +319,8 @@ def product_kernel(
     if PARTS > 0:
         x += i[:, None] + (m * BR)[None, :]
         part = tl.cast(M, tl.int64) * BR
-        if PARTS == 1:
-            # Pointers advance: half an instruction a weight less. With several parts that spilled.
-            x += split.to(tl.int64) * chunk * part
+        # Pointers advance: half an instruction a weight less.
+        x += split.to(tl.int64) * chunk * (PARTS * part)
     else:
         x += (m * stride_xm)[None, :]
         offset = PER_UNIT * unit + inner - r_skip
@@ -346,11 +338,8 @@ def product_kernel(
             w = word_of_row(w0, w1, w2, w3, held[:, None])
             w = decode(w, inner.to(tl.uint32)[None, :], table, TAG, DTYPE)
         if PARTS > 0:
-            if PARTS == 1:
-                place = x
-                x += part
-            else:
-                place = x + tl.cast(tile, tl.int64) * (PARTS * part)
+            place = x
+            x += PARTS * part
             chain = tl.zeros([BO, BP], tl.float32) if CHAINS else acc
             chain1 = tl.zeros([BO, BP], tl.float32) if CHAINS else acc1
             for _ in tl.static_range(PARTS):
@@ -387,8 +376,8 @@ def product_kernel(
             tl.store(y + (split.to(tl.int64) * M + rows) * N + n, total, mask=valid)
         else:
             _store_modulated(
-                total, y, out_gain, bias, context, factor, rows, n, valid, M, N,
-                out_contexts, bias_contexts, stride_ot, stride_of, stride_bt, stride_bf, OUT_BANK, BIAS_BANK,
+                total, y, out_gain, bias, None, factor, rows, n, valid, M, N,
+                1, 1, 0, stride_of, 0, stride_bf, False, False,
             )  # fmt: skip
 
 

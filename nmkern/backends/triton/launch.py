@@ -4,7 +4,7 @@
     -> finish_kernel
 
 Few rows without gains, in a dtype that tl.dot multiplies, go to product_kernel as they are; a reduction in
-one split needs no finish_kernel.
+one split needs no finish_kernel, if one out_gain and one bias serve the whole batch.
 
 What follows from the matrix, the dtype and the shape alone is worked out once and kept (``_plan``). The
 invariant: sums and prepared x take ``SCRATCH`` bytes each, or 128 rows of the batch, whatever its size; the
@@ -142,7 +142,7 @@ def _plan(
     numbers = (outputs, reduction, *halves, *places, chunk, steps, m_blocks, o_blocks)
     request = (matrix, batch, dtype, gained, banks, tf32)
     grid = m_blocks * o_blocks * splits
-    partial = splits > 1 or (banks and batch > configs.BANK_ROWS)
+    partial = splits > 1 or banks
     return Plan(
         *(request, tile, outputs, reduction, splits, partial, grid, numbers, parts, steps, operand, scaled),
         *(Variant(dense.product_kernel, **constants), Variant(prepare_kernel, **prepare)),
@@ -268,22 +268,19 @@ def _prepare(x, in_gain, context, plan: Plan) -> tuple[Tensor, Tensor | None]:
 
 
 def _product(x, in_gain, out_gain, bias, context, y, plan: Plan, factor: float, partial: bool) -> None:
-    """Launch the kernels up to product_kernel on rows that one plan covers."""
+    """Launch the kernels up to product_kernel on rows that one plan covers; ``context`` is in_gain's."""
     rows, strides, row_scale = x.shape[0], x.stride(), None
     if plan.parts:
         (x, row_scale), strides = _prepare(x, in_gain, context, plan), (0, 0)
-    device, contexts = x.device, (contexts_of(out_gain), contexts_of(bias))
-    major = major_of(device)
-    values = (x, out_gain, bias, context, y, table_of(device, plan.table), row_scale, factor)
-    layout = (*contexts, *strides, *strides_of(out_gain), *strides_of(bias))
+    device, major = x.device, major_of(x.device)
+    values = (x, out_gain, bias, y, table_of(device, plan.table), row_scale, factor)
+    layout = (*strides, strides_of(out_gain)[1], strides_of(bias)[1])
 
     def launch(plan: Plan) -> None:
         plan.product(
             plan.grid,
             values,
             (rows, *plan.numbers, *layout),
-            OUT_BANK=contexts[0] > 1,
-            BIAS_BANK=contexts[1] > 1,
             PARTIAL=partial,
             PIECES=pieces(major, plan.tile.batch),
             num_stages=stages(plan.tile, major),

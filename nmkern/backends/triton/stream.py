@@ -45,13 +45,29 @@ def columns_per_word(tag):
 
 
 @triton.jit
+def multiply_words(a, factor: tl.constexpr):
+    """High and low word of a product of two words.
+
+    Of a high word and a low word LLVM makes two multiplications, and takes a product of 64 bits apart again:
+    uniform at 16 rows 4.25 and 3.92 instructions a weight, and 2.84 with one (sm_90). On AMD, where integer
+    multiplications take four times as long as others, 206 of 863 instructions for 32 weights were, and 42 of
+    477 are.
+    """
+    if PTX:
+        product = tl.inline_asm_elementwise(
+            "mul.wide.u32 $0, $1, $2;", "=l,r,r", [a, factor], tl.uint64, is_pure=True, pack=1
+        )
+    else:
+        product = a.to(tl.uint64) * factor
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Philox4x32-7: the four words at a counter; all arguments uint32, tensors or scalars."""
     for _ in tl.static_range(_ROUNDS):
-        hi0 = tl.umulhi(c0, _M0)
-        lo0 = c0 * _M0
-        hi1 = tl.umulhi(c2, _M1)
-        lo1 = c2 * _M1
+        hi0, lo0 = multiply_words(c0, _M0)
+        hi1, lo1 = multiply_words(c2, _M1)
         c0 = hi1 ^ c1 ^ k0
         c1 = lo1
         c2 = hi0 ^ c3 ^ k1
