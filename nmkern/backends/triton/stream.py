@@ -150,8 +150,8 @@ def _level(field, f, TAG: tl.constexpr, DTYPE: tl.constexpr):
 def _opaque(bits):
     """The same bits, of which LLVM knows nothing.
 
-    It would otherwise carry the extraction of each field back into the hash, which narrows multiplications
-    field by field and so hashes a word several times: 7.0 instead of 3.6 instructions a weight (sm_90).
+    It would otherwise carry the extraction of each field back into the hash: at 16 rows uniform takes 2.84
+    instructions a weight, and 3.52 without, rademacher 2.10 and 3.26 (sm_90).
     """
     if PTX:
         bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], tl.uint32, is_pure=True, pack=1)
@@ -176,10 +176,12 @@ def _look_up(table, index, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _half_of_pair(word, f, half, TAG: tl.constexpr, DTYPE: tl.constexpr):
+def _half_of_pair(word, f, half, TAG: tl.constexpr, DTYPE: tl.constexpr, OPAQUE: tl.constexpr):
     """The code, scaled, in half 0 or 1 of the pair that a word's fields f and f + P/2 are."""
     MANTISSA: tl.constexpr = 7 if DTYPE == tl.bfloat16 else 10
-    pair = _opaque(pair_of_fields(word, f, TAG, MANTISSA))
+    pair = pair_of_fields(word, f, TAG, MANTISSA)
+    if OPAQUE:
+        pair = _opaque(pair)
     code = (pair >> (16 * half)).to(tl.uint16).to(DTYPE, bitcast=True)
     if TAG == UNIFORM:
         code = _level(code, f, TAG, DTYPE)
@@ -202,7 +204,7 @@ def decode(word, f, table, TAG: tl.constexpr, DTYPE: tl.constexpr):
             code = doubled.to(tl.float32, bitcast=True) - (2.0**23 + 15)
     else:
         HALF: tl.constexpr = columns_per_word(TAG) // 2
-        code = _half_of_pair(word, f % HALF, f // HALF, TAG, DTYPE)
+        code = _half_of_pair(word, f % HALF, f // HALF, TAG, DTYPE, True)
     return code
 
 
@@ -221,5 +223,8 @@ def decode_rows(w0, w1, w2, w3, r, f, table, TAG: tl.constexpr, DTYPE: tl.conste
         odd = tl.where(r < 2, w1, w3)
         low = (even & 0xFFFF) | (odd << 16)
         high = (even >> 16) | (odd & 0xFFFF0000)
-        code = _half_of_pair(tl.where(f < HALF, low, high), f % HALF, r % 2, TAG, DTYPE)
+        # At 16 rows uniform takes 3.45 instructions a weight so, and 3.81 with opaque pairs; rademacher 4.14
+        # and 3.08.
+        OPAQUE: tl.constexpr = TAG == RADEMACHER
+        code = _half_of_pair(tl.where(f < HALF, low, high), f % HALF, r % 2, TAG, DTYPE, OPAQUE)
     return code
