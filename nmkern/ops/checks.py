@@ -4,11 +4,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from nmkern.backends import primitives
 from nmkern.matrix import RandomMatrix, as_float, float32
-from nmkern.ops.rules import NO_FORWARD_MODE
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TRACING = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
@@ -29,14 +27,8 @@ def check_matrix(name: str, matrix: RandomMatrix, *, dense: bool) -> None:
         )
 
 
-def refuse_tangent(name: str, tensor: Tensor) -> None:
-    """No forward mode: an operator without a rule for it would lose the tangent without a word."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
-        raise NotImplementedError(f"{name}: {NO_FORWARD_MODE}")
-
-
 def check_input(x: Tensor, matrix: RandomMatrix) -> None:
-    """A strided floating-point tensor with as many features as the matrix has columns, and no tangent."""
+    """A strided floating-point tensor with as many features as the matrix has columns."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -48,7 +40,6 @@ def check_input(x: Tensor, matrix: RandomMatrix) -> None:
             f"x: expected shape [..., {matrix.cols}] for a matrix of shape "
             f"{list(matrix.shape)}, got {list(x.shape)}"
         )
-    refuse_tangent("x", x)
 
 
 def autocast(x: Tensor) -> tuple[Tensor, bool]:
@@ -106,7 +97,6 @@ def normalize_bank(
         return None
     if not isinstance(bank, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(bank).__name__}")
-    refuse_tangent(name, bank)
     wide = primitives.sum_dtype(x.dtype)
     if bank.dtype not in (_DTYPES if cast else (x.dtype, wide)):
         want = _name(x.dtype) if x.dtype == wide else f"{_name(x.dtype)} or {_name(wide)}"

@@ -8,6 +8,8 @@ invariant: the backward pass is the same pair of primitives on ``W.T``, so every
 order is exact and regenerates W.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,11 @@ def _features(matrix: tuple) -> int:
     return cols if transposed else rows
 
 
+def total(terms: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The sum of tangents; zeros ``like`` the result where there is none."""
+    return functools.reduce(torch.add, terms) if terms else torch.zeros_like(like)
+
+
 class DenseOperators:
     """The two dense primitives of one backend with their rules: call ``matmul`` and ``gain_grad``."""
 
@@ -40,6 +47,7 @@ class DenseOperators:
             fake=self.fake_matmul,
             setup_context=self.setup_matmul,
             backward=self.backward_matmul,
+            jvp=self.jvp_matmul,
             vmap=self.vmap_matmul,
         )
         self.gain_grad = differentiable(
@@ -48,6 +56,7 @@ class DenseOperators:
             fake=self.fake_gain_grad,
             setup_context=self.setup_gain_grad,
             backward=self.backward_gain_grad,
+            jvp=self.jvp_gain_grad,
             vmap=self.vmap_gain_grad,
         )
 
@@ -87,6 +96,20 @@ class DenseOperators:
             wide = primitives.sum_dtype(dy.dtype)
             d_bias = segment_sum(dy, context, bias_contexts, wide)
         return dx, d_in, d_out, d_bias
+
+    def jvp_matmul(self, primals: Sequence, tangents: Sequence) -> Tensor:
+        x, in_gain, out_gain, _, context, *matrix = primals
+        dx, d_in, d_out, d_bias, _ = tangents
+        terms = []
+        if dx is not None:
+            terms.append(self.matmul(dx, in_gain, out_gain, None, context, *matrix))
+        if d_in is not None:
+            terms.append(self.matmul(x, d_in, out_gain, None, context, *matrix))
+        if d_out is not None:
+            terms.append(self.matmul(x, in_gain, d_out, None, context, *matrix))
+        if d_bias is not None:
+            terms.append(bank_rows(d_bias, context).to(x.dtype).expand(len(x), -1))
+        return total(terms, self.fake_matmul(*primals))
 
     def vmap_matmul(self, info, in_dims, x, in_gain, out_gain, bias, context, *matrix):
         banks = (in_gain, out_gain, bias)
@@ -134,6 +157,24 @@ class DenseOperators:
         elif need_other:
             d_other = self.matmul(x, in_gain, d_grad, None, context, *ctx.matrix)
         return dx, d_in, d_out, d_other, *[None] * (3 + len(ctx.matrix))
+
+    def jvp_gain_grad(self, primals: Sequence, tangents: Sequence) -> tuple[Tensor, Tensor]:
+        x, in_gain, out_gain, other, context, contexts, need_product, *matrix = primals
+        dx, d_in, d_out, d_other, _ = tangents
+        last = context, contexts, need_product, *matrix
+        pairs = []
+        if dx is not None:
+            pairs.append(self.gain_grad(dx, in_gain, out_gain, other, *last))
+        if d_in is not None:
+            pairs.append(self.gain_grad(x, d_in, out_gain, other, *last))
+        products, grads = ([pair[i] for pair in pairs] for i in (0, 1))
+        if d_out is not None and need_product:
+            products.append(self.matmul(x, in_gain, d_out, None, context, *matrix))
+        if d_other is not None:
+            _, grad = self.gain_grad(x, in_gain, None, d_other, context, contexts, False, *matrix)
+            grads.append(grad)
+        product, grad = self.fake_gain_grad(*primals)
+        return total(products, product), total(grads, grad)
 
     def vmap_gain_grad(
         self, info, in_dims, x, in_gain, out_gain, other, context, contexts, need_product, *matrix

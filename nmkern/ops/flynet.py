@@ -7,9 +7,11 @@
 The logits are linear in the gain, so one primitive and its adjoint are closed under differentiation to
 the gain and strength: the backward pass sweeps the hidden units again. Where x needs a gradient the
 same network is composed of ``sparse_project`` and ``modulated_linear``, which is also its test. Under vmap
-and in a traced program nobody can tell; there the gradient to x is composed in the backward pass.
+and in a traced program nobody can tell; there the gradient to x is composed in the backward pass, as its
+tangent always is.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from nmkern.backends import primitives, selection
 from nmkern.matrix import RandomMatrix
 from nmkern.ops import checks
 from nmkern.ops.dense import OPERATORS as _DENSE
+from nmkern.ops.dense import total
 from nmkern.ops.modulated_linear import modulated_linear
 from nmkern.ops.modulation import modulate
 from nmkern.ops.rules import batch_first, differentiable, fold_batch
@@ -75,13 +78,14 @@ class _Operators:
     """The two flynet primitives of one backend with their rules."""
 
     def __init__(self, backend: str) -> None:
-        self.dense, self.sparse = _DENSE[backend].matmul, _SPARSE[backend].matmul
+        self.dense, self.sparse = _DENSE[backend], _SPARSE[backend].matmul
         self.logits = differentiable(
             primitives.overload(backend, "flynet_logits"),
             tensors=3,
             fake=self.fake_logits,
             setup_context=self.setup_logits,
             backward=self.backward_logits,
+            jvp=self.jvp_logits,
             vmap=self.vmap_logits,
         )
         self.gain_grad = differentiable(
@@ -90,6 +94,7 @@ class _Operators:
             fake=self.fake_gain_grad,
             setup_context=self.setup_gain_grad,
             backward=self.backward_gain_grad,
+            jvp=self.jvp_gain_grad,
             vmap=self.vmap_gain_grad,
         )
 
@@ -113,13 +118,31 @@ class _Operators:
             d_gain = self.gain_grad(x, d_logits, context, ctx.contexts, *ctx.matrices)
         return dx, d_gain, None, *[None] * len(ctx.matrices)
 
+    def jvp_logits(self, primals: Sequence, tangents: Sequence) -> Tensor:
+        x, gain, context, *matrices = primals
+        dx, d_gain, _ = tangents
+        terms = []
+        if dx is not None:
+            *decoder, classes, factor = matrices[_DECODER:]
+            d_r = self.hidden_tangent(x, dx, matrices)
+            dense = *decoder, classes, matrices[_HIDDEN], False, factor
+            terms.append(self.dense.matmul(d_r, gain, None, None, context, *dense))
+        if d_gain is not None:
+            terms.append(self.logits(x, d_gain, context, *matrices))
+        return total(terms, self.fake_logits(*primals))
+
+    def hidden_tangent(self, x, dx, matrices) -> Tensor:
+        """Of the representation ``[M, hidden]``, differentiable itself."""
+        m, d_m = (self.sparse(v, *matrices[:_FACTOR], False, matrices[_FACTOR]) for v in (x, dx))
+        return (d_m - d_m.mean(-1, keepdim=True)) * (m > m.mean(-1, keepdim=True))
+
     def input_gradient(self, x, gain, d_logits, context, matrices) -> Tensor:
         """To x, of sum(d_logits * logits): differentiable itself, and it holds activations of hidden size."""
         encoder, factor = matrices[:_FACTOR], matrices[_FACTOR]
         *decoder, classes, decoder_factor = matrices[_DECODER:]
         m = self.sparse(x, *encoder, False, factor)
         active = m > m.mean(-1, keepdim=True)
-        d_r = self.dense(
+        d_r = self.dense.matmul(
             d_logits, None, gain, None, context, *decoder, classes, matrices[_HIDDEN], True, decoder_factor
         )
         d_centred = d_r * active
@@ -151,6 +174,19 @@ class _Operators:
         if need_logits:
             d_d_logits = self.logits(x, d_grad, context, *ctx.matrices)
         return dx, d_d_logits, None, None, *[None] * len(ctx.matrices)
+
+    def jvp_gain_grad(self, primals: Sequence, tangents: Sequence) -> Tensor:
+        x, d_logits, context, contexts, *matrices = primals
+        dx, d_d_logits, _ = tangents
+        terms = []
+        if dx is not None:  # for gain_grad is the sum of r * (decoder.T d_logits) over the rows of a context
+            *decoder, classes, factor = matrices[_DECODER:]
+            d_r = self.hidden_tangent(x, dx, matrices)
+            dense = *decoder, classes, matrices[_HIDDEN], True, factor
+            terms.append(self.dense.gain_grad(d_logits, None, None, d_r, context, contexts, False, *dense)[1])
+        if d_d_logits is not None:
+            terms.append(self.gain_grad(x, d_d_logits, context, contexts, *matrices))
+        return total(terms, self.fake_gain_grad(*primals))
 
     def vmap_gain_grad(self, info, in_dims, x, d_logits, context, contexts, *matrices):
         batch = info.batch_size

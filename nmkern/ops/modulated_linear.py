@@ -44,8 +44,9 @@ def modulated_linear(
         context: which row of the banks serves a row of ``x``.
         strength: a number, a scalar tensor, a bank ``[T]`` or one value per row: multiplies the weights.
 
-    Gradients flow to ``x``, the gains, ``bias`` and ``strength`` (a tensor), to any order. The
-    backward pass keeps ``x`` only where a gain needs a gradient, and regenerates the weights.
+    Gradients flow to ``x``, the gains, ``bias`` and ``strength`` (a tensor), to any order, in reverse and
+    in forward mode. The backward pass keeps ``x`` only where a gain needs a gradient, and regenerates the
+    weights.
 
     Raises TypeError (dtype), ValueError (shape, value) and RuntimeError (device, backend) before any
     work starts. Source: arXiv:2204.04297, section 3; the operator of context modulation.

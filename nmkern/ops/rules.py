@@ -4,30 +4,42 @@ One set of rules serves three ways in, because none serves all callers well:
 
 - registered with the dispatcher, for torch.compile, export, torch.jit.trace and direct calls (34 us a call
   in eager mode);
-- a ``torch.autograd.Function`` with ``setup_context``, for torch.func (30 us);
+- a ``torch.autograd.Function`` with ``setup_context``, for torch.func and forward mode (30 us);
 - one without, for everyday eager mode (9 us); where nothing needs a gradient, no Function at all.
 
 Small calls of modulated_linear on the CPU go by a way of their own: nmkern.ops.eager.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from nmkern.backends import primitives
 
-# vmap is set while a rule runs that the dispatcher entered: what it calls must go through the dispatcher
-# as well, since a Function cannot be applied half way through a transform.
 _dispatched = threading.local()
 
-NO_FORWARD_MODE = (
-    "expected no tangent: forward-mode differentiation is not implemented, reverse mode is "
-    "(torch.autograd.grad, torch.func.vjp, jacrev of jacrev for hessian)"
-)
+
+@contextlib.contextmanager
+def _within_dispatch() -> Iterator[None]:
+    """While a rule runs half way through a transform, where the dispatcher has called it and no Function can
+    be applied: what it calls goes through the dispatcher as well.
+    """
+    before, _dispatched.now = getattr(_dispatched, "now", False), True
+    try:
+        yield
+    finally:
+        _dispatched.now = before
+
+
+def _may_have_tangents() -> bool:
+    # A compiled program enters levels of torch.func, and none of forward_ad that Python knows of.
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -46,19 +58,18 @@ def differentiable(
     fake: Callable,
     setup_context: Callable,
     backward: Callable,
+    jvp: Callable,
     vmap: Callable,
 ) -> Callable[..., Any]:
     """Register the rules of ``op``; the result calls it by the way that the moment needs.
 
-    The first ``tensors`` arguments are tensors or None; no later one has a gradient.
+    The first ``tensors`` arguments are tensors or None; no later one has a gradient. ``jvp`` takes the
+    arguments and the tangents of those tensors (None where one has none), at least one.
     """
 
     def registered_vmap(info: Any, in_dims: tuple, *args: Any) -> Any:
-        before, _dispatched.vmap = getattr(_dispatched, "vmap", False), True
-        try:
+        with _within_dispatch():
             return vmap(info, in_dims, *args)
-        finally:
-            _dispatched.vmap = before
 
     torch.library.register_fake(op, fake)
     torch.library.register_vmap(op, registered_vmap)
@@ -75,9 +86,20 @@ def differentiable(
     def plain_backward(ctx: Any, *grads: Any) -> Any:
         return backward(ctx, *grads)  # a bound method; compiled autograd takes functions only
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        # Of forward mode outside of reverse mode, as in torch.func.hessian: no argument shows its tangent.
-        raise NotImplementedError(f"{op.name()}: {NO_FORWARD_MODE}")
+    def setup(ctx: Any, inputs: tuple, output: Any) -> Any:
+        setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:tensors])  # for the moment until plain_jvp has run
+        ctx.rest = inputs[tensors:]
+        return output
+
+    # A level's rule is itself differentiated by the levels outside, so forward mode is on; not by its own,
+    # so arguments go without their tangents. Passed are zeros, too, for those that have none.
+    def plain_jvp(ctx: Any, *_: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = ctx.saved_tensors
+            duals = ((None, None) if v is None else forward_ad.unpack_dual(v, level=0) for v in saved)
+            primals, tangents = zip(*duals, strict=True)
+            return jvp((*primals, *ctx.rest), tangents)
 
     name = op.name().replace("::", "_").replace(".", "_")
     eager: Any = type(
@@ -92,14 +114,17 @@ def differentiable(
     # outer levels record what it calls, for which gradients are on.
     def registered_forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
-        with torch.enable_grad():
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             output = redispatch(keyset, inputs)
-        setup_context(ctx, tuple(inputs), output)
-        return output
+        return setup(ctx, tuple(inputs), output)
 
     def redispatch(keyset: Any, args: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def registered_jvp(ctx: Any, *tangents: Any) -> Any:
+        with _within_dispatch():
+            return plain_jvp(ctx, *tangents)
 
     registered: Any = type(
         f"{name}_registered",
@@ -107,12 +132,16 @@ def differentiable(
         {
             "forward": staticmethod(registered_forward),
             "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
+            "jvp": staticmethod(registered_jvp),
         },
     )
     registered_apply = plain_apply(registered)
 
     def autograd_kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(arg is not None and arg.requires_grad for arg in args[:tensors]):
+        needs_grad = torch.is_grad_enabled() and any(
+            arg is not None and arg.requires_grad for arg in args[:tensors]
+        )
+        if needs_grad or (_may_have_tangents() and forward_ad._is_fwd_grad_enabled()):
             with enable_single_level_autograd_function():
                 return registered_apply(*args, keyset)
         return redispatch(keyset, args)
@@ -124,19 +153,19 @@ def differentiable(
         (torch.autograd.Function,),
         {
             "forward": staticmethod(lambda *args: op(*args)),
-            "setup_context": staticmethod(setup_context),
+            "setup_context": staticmethod(setup),
             "backward": staticmethod(plain_backward),
+            "jvp": staticmethod(plain_jvp),
             "vmap": staticmethod(vmap),
-            "jvp": staticmethod(jvp),
         },
     )
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._is_tracing():
             return op(*args)
-        if getattr(_dispatched, "vmap", False):
+        if getattr(_dispatched, "now", False):
             return op(*args)
-        if torch._C._functorch.maybe_current_level() is not None:
+        if _may_have_tangents():
             return functional.apply(*args)
         if torch.is_grad_enabled():
             for arg in args[:tensors]:  # all of them, in any(), cost 4 of 11 microseconds

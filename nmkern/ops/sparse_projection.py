@@ -6,6 +6,7 @@ The ones are drawn inside of the kernel; no index is stored. The gradient to x i
 on the transposed matrix, so derivatives of every order exist.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +44,7 @@ class _Operator:
             fake=self.fake,
             setup_context=self.setup_context,
             backward=self.backward,
+            jvp=self.jvp,
             vmap=self.vmap,
         )
 
@@ -57,6 +59,9 @@ class _Operator:
         matrix = list(ctx.matrix)
         matrix[_TRANSPOSED] = not matrix[_TRANSPOSED]
         return self.matmul(dy, *matrix), *[None] * len(matrix)
+
+    def jvp(self, primals: Sequence, tangents: Sequence) -> Tensor:
+        return self.matmul(tangents[0], *primals[1:])
 
     def vmap(self, info, in_dims, x, *matrix):
         y = self.matmul(x.movedim(in_dims[0], 0).flatten(0, 1), *matrix)

@@ -34,6 +34,13 @@ def test_a_layer_counts_as_its_stored_twin(backend_once, gain):
     assert step == stored + (2 * 6 * 5 * 7 if gain != "in" else 0)
 
 
+def test_a_tangent_costs_one_product(backend_once):
+    """And none of the zeros that PyTorch passes for arguments without one."""
+    layer = ModulatedLinear(7, 5, seed=1, gain="both")
+    x = torch.ones(3, 7)
+    assert counted(lambda: torch.func.jvp(layer, (x,), (x,))) == 2 * counted(lambda: layer(x))
+
+
 def test_a_projection_counts_its_ones(backend_once):
     layer = SparseProjection(20, 50, 3, seed=1)
     x = torch.ones(4, 20, requires_grad=True)

@@ -289,8 +289,8 @@ def test_gradcheck_and_gradgradcheck(kind):
         return flynet(x, encoder, decoder, **{**named, **dict(zip(names, values, strict=True))})
 
     dy = normals((4, 3), g, torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves, [dy])
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves, [dy], check_fwd_over_rev=True)
 
 
 def transforms_of(f):
@@ -309,6 +309,9 @@ def transforms_of(f):
         "jacrev": func.jacrev(f, argnums=1),
         "jacrev of jacrev": func.jacrev(func.jacrev(row_loss, argnums=1), argnums=1),
         "jacrev of grad": func.jacrev(func.grad(loss, argnums=1), argnums=1),
+        "jvp": lambda x, gain: func.jvp(f, (x, gain), (x.flip(0), gain.flip(0))),
+        "jacfwd": func.jacfwd(f, argnums=(0, 1)),
+        "hessian": func.hessian(row_loss, argnums=1),
     }
 
 
@@ -319,7 +322,7 @@ def test_torch_func_on_integers_is_exact(backend_once, transform):
     encoder, decoder = matrices(6, 8, 3, 2)
     g = generator(1)
     x, gain = integers((4, 6), 1, g), signs((8,), g)
-    x = x[0] if transform == "jacrev of jacrev" else x
+    x = x[0] if transform in ("jacrev of jacrev", "hessian") else x
 
     def ours(x, gain):
         return flynet(x, encoder, decoder, gain=gain)
@@ -358,8 +361,8 @@ def test_gradients_of_the_primitives_to_everything(contexts):
 
     for function, values in ((logits, (x, gain)), (gain_grad, (x, d_logits))):
         direction = named(function(*values).shape).requires_grad_()
-        assert torch.autograd.gradcheck(function, values)
-        assert torch.autograd.gradgradcheck(function, values, [direction])
+        assert torch.autograd.gradcheck(function, values, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, values, [direction], check_fwd_over_rev=True)
     (found,), (want,) = (torch.autograd.grad(f(x, gain), x, d_logits) for f in (logits, composed))
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
 

@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from nmkern import RandomMatrix, flynet, modulated_linear, sparse_project
 from nmkern.backends import packed, primitives, selection
@@ -49,8 +50,8 @@ def test_gradcheck_and_gradgradcheck(kind, transposed):
 
     leaves = [value.requires_grad_() for value in values]
     dy = normals((4, matrix.rows), g, torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(call, leaves)
-    assert torch.autograd.gradgradcheck(call, leaves, [dy])
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves, [dy], check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,6 +117,15 @@ def transforms_of(f):
             (0, None, None, None),
         ),
         "jacrev of grad through x": torch.func.jacrev(torch.func.grad(loss, argnums=0), argnums=(0, 3)),
+        "jvp": lambda *args: torch.func.jvp(f, args, tuple(2 * a + 1 for a in args)),
+        "jvp of a bias": lambda x, gin, gout, b: torch.func.jvp(lambda b: f(x, gin, gout, b), (b,), (b,)),
+        "vmap of jvp": lambda x, gin, gout, b: torch.func.vmap(
+            lambda x, dx: torch.func.jvp(lambda x: one(x, gin, gout, b), (x,), (dx,))
+        )(x, x + 1),
+        "jacfwd": torch.func.jacfwd(f, argnums=(0, 1, 2, 3)),
+        "jacfwd of jacfwd": torch.func.jacfwd(torch.func.jacfwd(loss, argnums=1), argnums=(0, 1, 2)),
+        "hessian": torch.func.hessian(loss, argnums=(0, 1, 2, 3)),
+        "jacrev of jacfwd": torch.func.jacrev(torch.func.jacfwd(loss, argnums=2), argnums=(0, 1, 2)),
     }
 
 
@@ -135,8 +145,7 @@ def test_torch_func_on_integers_is_exact(backend_once, transform):
 
     found = transforms_of(ours)[transform](*values)
     want = transforms_of(theirs)[transform](*(value.double() for value in values))
-    found, want = (r if isinstance(r, tuple) else (r,) for r in (found, want))
-    for actual, exact in zip(found, want, strict=True):
+    for actual, exact in zip(tree_leaves(found), tree_leaves(want), strict=True):
         assert torch.equal(actual.double(), exact)
 
 
@@ -152,8 +161,7 @@ def test_compiled_torch_func(transform):
 
     function = transforms_of(f)[transform]
     found, want = torch.compile(function, fullgraph=True, backend="aot_eager")(*values), function(*values)
-    found, want = (r if isinstance(r, tuple) else (r,) for r in (found, want))
-    for actual, expected in zip(found, want, strict=True):
+    for actual, expected in zip(tree_leaves(found), tree_leaves(want), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -165,58 +173,60 @@ def test_torch_func_of_a_registered_operator(backend_once):
     def loss(f):
         return lambda x: (f(x) ** 3).sum()
 
-    for derivative in (torch.func.grad, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+    twice = lambda f: torch.func.jacrev(torch.func.jacrev(f))  # noqa: E731
+    for derivative in (torch.func.grad, twice, torch.func.hessian):
         found = derivative(loss(lambda x: op(x, *args)))(x)
         assert torch.equal(found, derivative(loss(lambda x: sparse_project(x, SPARSE)))(x))
 
 
-@pytest.mark.parametrize("name", ["x", "in_gain", "bias", "strength"])
-def test_a_tangent_is_refused_and_not_lost(name):
-    """Forward mode has no rule; without a gradient to record, the operator would drop the tangent."""
-    matrix = RandomMatrix(3, 4, seed=1)
-    values = {
-        "x": torch.ones(2, 4),
-        "in_gain": torch.ones(4),
-        "bias": torch.ones(3),
-        "strength": torch.ones(()),
-    }
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dual_tensors_on_integers_are_exact(backend_once, kind, requires_grad):
+    """torch.autograd.forward_ad, where a tensor may need a gradient besides."""
+    g = generator(9)
+    matrix = exact_matrix("uniform", 4, 7)
+    named = arguments(kind, (5,), matrix, partial(integers, limit=1, generator=g), g)
+    if kind == "mixed":
+        named["strength"] = -2.0
+    named["x"] = integers((5, 7), 2, g)
+    tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    weights = matrix.materialize(torch.float64)
+    tangents = {k: integers(v.shape, 2, g) for k, v in tensors.items()}
+    dy = integers((5, 4), 1, g)
 
-    def layer(value):
-        return modulated_linear(**{**values, name: value}, matrix=matrix)
+    def derivatives(operator, names, dtype):
+        """Of y along the tangents of names: itself, and the gradients of both."""
+        leaves = {k: v.to(dtype).requires_grad_(requires_grad) for k, v in tensors.items()}
+        with forward_ad.dual_level():
+            duals = {k: forward_ad.make_dual(leaves[k], tangents[k].to(dtype)) for k in names}
+            y, tangent = forward_ad.unpack_dual(operator(**{**named, **leaves, **duals}))
+        found = [y, tangent]
+        for out in (y, tangent) if requires_grad else ():
+            loss = (dy.to(dtype) * out).sum() + sum((0 * leaf).sum() for leaf in leaves.values())
+            found += torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+        return found
 
-    message = f"{name}: expected no tangent: forward-mode differentiation is not implemented"
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(values[name], torch.ones_like(values[name]))
-        with pytest.raises(NotImplementedError, match=message):
-            layer(dual)
-        assert torch.equal(layer(values[name]), layer(values[name].clone()))
-        if name == "x":
-            with pytest.raises(NotImplementedError, match=message):
-                modulated_linear(dual, matrix)  # by the short way
-            with pytest.raises(NotImplementedError, match=message):
-                sparse_project(dual, RandomMatrix(5, 4, seed=1, family="sparse", fan_in=2))
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.jvp(layer, (values[name],), (torch.ones_like(values[name]),))
-
-
-HESSIANS = {
-    "dense": lambda v: modulated_linear(v, LAYER.matrix, in_gain=v),
-    "sparse": lambda v: sparse_project(v, SPARSE),
-    "flynet": lambda v: flynet(torch.ones(4), SPARSE, RandomMatrix(3, 6, seed=1), gain=v.repeat(2)[:6]),
-}
+    for names in ([*tensors], *([name] for name in tensors)):
+        found = derivatives(partial(modulated_linear, matrix=matrix), names, torch.float32)
+        want = derivatives(partial(modulated, weights=weights), names, torch.float64)
+        for actual, exact in zip(found, want, strict=True):
+            assert torch.equal(actual.double(), exact), names
 
 
-@pytest.mark.parametrize("name", HESSIANS)
-def test_a_tangent_below_a_level_of_reverse_mode_is_refused_in_the_same_words(name):
-    """torch.func.hessian is forward over reverse mode; reverse over reverse is what we have."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_tangent_has_the_dtype_of_the_result(backend_once, dtype):
+    x, *banks = (integers(shape, 2, generator(5)) for shape in ((4, 4), (4,), (6,), (6,)))
 
-    def loss(v):
-        return HESSIANS[name](v).square().sum()
+    def f(x, gin, gout, b):  # gains in float32
+        return modulated_linear(x, LAYER.matrix, in_gain=gin, out_gain=gout, bias=b)
 
-    v = torch.ones(4)
-    with pytest.raises(NotImplementedError, match="forward-mode differentiation is not implemented"):
-        torch.func.hessian(loss)(v)
-    assert torch.func.jacrev(torch.func.jacrev(loss))(v).shape == (4, 4)
+    _, want = torch.func.jvp(f, (x, *banks), (x, *banks))
+    x = x.to(dtype)
+    _, found = torch.func.jvp(f, (x, *banks), (x, *banks))
+    assert found.dtype == dtype
+    # Four terms, rounded each, and three sums of them.
+    size = torch.finfo(dtype).eps / 2 * 7 * want.abs().max()
+    torch.testing.assert_close(found.float(), want, rtol=0, atol=float(size))
 
 
 def test_vmap_over_contexts_banks_and_their_gradients(backend_once):

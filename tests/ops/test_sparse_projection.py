@@ -196,8 +196,8 @@ def test_gradcheck_and_gradgradcheck(transposed):
     g = generator(2)
     x = normals((3, matrix.cols), g, torch.float64).requires_grad_()
     dy = normals((3, matrix.rows), g, torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(sparse_project, (x, matrix))
-    assert torch.autograd.gradgradcheck(sparse_project, (x, matrix), [dy])
+    assert torch.autograd.gradcheck(sparse_project, (x, matrix), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(sparse_project, (x, matrix), [dy], check_fwd_over_rev=True)
 
 
 def test_torch_func_is_exact_on_integers(backend_once):
@@ -217,6 +217,8 @@ def test_torch_func_is_exact_on_integers(backend_once):
     assert torch.equal(vmap(torch.func.grad(loss))(x), 2 * x @ weights.T @ weights)
     assert torch.equal(torch.func.jacrev(project)(x[0]), weights)
     assert torch.equal(torch.func.jacrev(torch.func.jacrev(loss))(x[0]), 2 * weights.T @ weights)
+    assert torch.equal(torch.func.jacfwd(project)(x[0]), weights)
+    assert torch.equal(torch.func.hessian(loss)(x[0]), 2 * weights.T @ weights)
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
