@@ -68,6 +68,16 @@ def pair_kernel(
     tl.store(out + i[:, None] * HALF + f[None, :], pair.to(tl.int32, bitcast=True))
 
 
+@triton.jit
+def widened_kernel(words, out, BLOCK: tl.constexpr):
+    """``widened_level`` of every field f: out[word, f]."""
+    i = tl.arange(0, BLOCK)
+    f = tl.arange(0, 8)
+    word = tl.load(words + i).to(tl.uint32, bitcast=True)
+    level = device.widened_level(word[:, None], f[None, :].to(tl.uint32))
+    tl.store(out + i[:, None] * 8 + f[None, :], level)
+
+
 def as_int32(values):
     return torch.from_numpy(np.asarray(values, np.uint64).astype(np.uint32).view(np.int32)).to(DEVICE)
 
@@ -135,3 +145,15 @@ def test_pairs_of_fields(family, dtype):
     fields = (words[:, None] >> shifts) & np.uint32(2**family.bits - 1)
     want = torch.from_numpy(stream.decode(family.name, fields)).view(len(words), 2, half).transpose(1, 2)
     assert torch.equal(found, want.double())
+
+
+def test_widened_levels_are_codes_and_exact_in_bfloat16():
+    """As AMD's GPUs decode uniform for bfloat16."""
+    words = stream.philox4x32((np.arange(64), 0, 0, 0), (1, 2)).reshape(-1)
+    out = torch.empty(len(words), 8, device=DEVICE)
+    widened_kernel[(1,)](as_int32(words), out, BLOCK=len(words))
+    found = out.cpu()
+    assert torch.equal(found.bfloat16().float(), found)
+    fields = (words[:, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & np.uint32(15)
+    want = torch.from_numpy(stream.decode("uniform", fields))
+    assert torch.equal(found * device.WIDENED_SCALE.value, want.float())
