@@ -26,12 +26,15 @@ def versions() -> dict[str, str | int | None]:
     }
 
 
-def cpu_model() -> str:
-    """The CPU's name as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's name as the system tells it, on x86 with its family and model.
+
+    A virtual machine's is often the name of a line of products (AMD EPYC), of several generations.
+    """
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    first = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    told = {key.strip(): value.strip() for key, _, value in first}
+    name = told.get("model name") or platform.processor() or platform.machine()
+    if told.keys() >= {"cpu family", "model"}:
+        name += f" (family {told['cpu family']}, model {told['model']})"
+    return name
