@@ -42,6 +42,22 @@ def loops(code: str) -> list[list[str]]:
     return found
 
 
+def amd_loops(code: str) -> list[list[str]]:
+    """The same of a kernel in AMD's assembly."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    found = []
+    for line in code.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            labels[match[1]] = len(instructions)
+        elif match := re.match(r"\s+([a-z]\w+ ?[^;]*)", line):
+            instructions.append(match[1])
+            back = re.match(r"s_c?branch\w* +(\.LBB\w+)", match[1])
+            if back and back[1] in labels:
+                found.append(instructions[labels[back[1]] :])
+    return found
+
+
 def hazards(loop: list[str]) -> list[str]:
     """Instructions of a loop that touch a wgmma's sums, or write its A, while it may still be at work.
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code import hazards, loops, run_tool, write_table
+from benchmarks.machine_code import amd_loops, hazards, loops, run_tool, write_table
 from nmkern import stream
 from nmkern.backends.triton import configs, dense, flynet, launch, sparse
 
@@ -80,12 +80,17 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
     else:
         compiled, weights = _compile_product(**variant)
     if "amdgcn" in compiled.asm:
-        used = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", compiled.asm["amdgcn"]))
-        return {
+        code = compiled.asm["amdgcn"]
+        used = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", code))
+        row: dict[str, float | str] = {
             "registers": int(used["vgpr_count"]),
             "spilled_bytes": int(used["private_segment_fixed_size"]),
             "shared_bytes": compiled.metadata.shared,
         }
+        if weights is not None:
+            threads = compiled.metadata.warp_size * compiled.metadata.num_warps
+            row["instructions_per_weight"] = round(len(max(amd_loops(code), key=len)) * threads / weights, 2)
+        return row
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -93,7 +98,7 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
         code = "" if weights is None else run_tool("nvdisasm", "-c", file.name)
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
-    row: dict[str, float | str] = {
+    row = {
         "registers": int(match[1]),
         "spilled_bytes": int(match[2]),  # the stack: nothing else of these kernels lives there
         "shared_bytes": compiled.metadata.shared,
@@ -102,7 +107,7 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
         loop = max(loops(code), key=len)
         operations = [re.sub(r"^@!?U?P\w+ +", "", instruction).split()[0] for instruction in loop]
         multiplying = {operation.partition(".")[0] for operation in operations if "MMA." in operation}
-        row["instructions_per_weight"] = round(len(loop) / weights, 2)
+        row["instructions_per_weight"] = round(len(loop) * 32 * compiled.metadata.num_warps / weights, 2)
         row["multiplied_by"] = " ".join(sorted(multiplying))
         row["hazards"] = len(hazards(loop))  # see nmkern.backends.triton.launch.stages
         row["copies_of_16_bytes"] = sum(re.match(r"LDGSTS.*\.128", name) is not None for name in operations)
@@ -111,7 +116,13 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
 
 
 def _compile(
-    kernel, given: dict[str, Any], pointers: dict[str, str], arch: Arch, warps: int, stages: int = 2
+    kernel,
+    given: dict[str, Any],
+    pointers: dict[str, str],
+    arch: Arch,
+    warps: int,
+    stages: int = 2,
+    **options: Any,
 ):
     """Compile for int32 sizes; ``given`` are constants, pointers that are not given are None."""
     signature, constants = {}, {}
@@ -128,7 +139,7 @@ def _compile(
         if signature[name].startswith("*") or (name in _ALIGNED and signature[name] != "constexpr")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     return triton.compile(source, target=_target(arch), options=options)
 
 
@@ -157,7 +168,8 @@ def _compile_product(
     split = 2 if dtype == "float32" and not tf32 else 1
     scaled = gained or dtype == "float32"
     parts = split if scaled or batch > configs.DIRECT_ROWS else 0
-    tile, step = tile or configs.tile_of(tag, transposed, batch, split), configs.REDUCTION[tag][transposed]
+    tile = tile or configs.tile_of(tag, transposed, batch, split, _target(arch).warp_size)
+    step = configs.REDUCTION[tag][transposed]
     operand = "float16" if scaled else dtype
     partial = batch <= configs.DIRECT_ROWS  # these are split, others modulate in the kernel
     given = {
@@ -176,8 +188,10 @@ def _compile_product(
     if scaled:
         pointers |= {"row_scale": "*fp32"}
     stages = launch.stages(tile, _major(arch))
-    compiled = _compile(dense.product_kernel, given, pointers, arch, tile.warps, stages)
-    return compiled, tile.outputs * step / (32 * tile.warps)
+    compiled = _compile(
+        dense.product_kernel, given, pointers, arch, tile.warps, stages, **launch.product_options()
+    )
+    return compiled, tile.outputs * step
 
 
 def _prepare(dtype: str, gained: bool = False, bank: bool = False):

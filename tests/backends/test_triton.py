@@ -5,16 +5,18 @@ Triton's interpreter where there is no CUDA device, and compiled on CUDA tensors
 """
 
 import os
+from itertools import product
 
 import pytest
 import torch
 from formula import T, exact_matrix, generator, integers, normals, stored_weights
 
 pytest.importorskip("triton")
+import triton.language as tl
 
 from nmkern import RandomMatrix, stream
 from nmkern.backends import primitives, triton
-from nmkern.backends.triton import configs, flynet, launch
+from nmkern.backends.triton import configs, dense, flynet, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -219,14 +221,14 @@ def test_torchs_setting_for_float32_products_is_honoured(monkeypatch, precision)
     """By dense products and by both ways of FlyNet's decoder, and by nothing but float32."""
     fewer = precision == "tf32"
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    for dtype, gained, dense, fly in (
+    for dtype, gained, layer, fly in (
         *((torch.float32, gained, (torch.float16, 2 - fewer), 3 - fewer) for gained in (False, True)),
         (torch.bfloat16, True, (torch.float16, 1), 3),
         (torch.bfloat16, False, (torch.bfloat16, 1), 1),
         (torch.float16, False, (torch.float16, 1), 1),
     ):
         tf32 = launch.may_use_tf32(dtype)
-        assert launch.operand_of(dtype, gained, tf32) == dense
+        assert launch.operand_of(dtype, gained, tf32) == layer
         assert flynet.operand_of(dtype, gained, tf32)[1] == fly
     flynet.plan_of.cache_clear()
     for gained in (False, True):
@@ -341,14 +343,39 @@ def test_a_plan_does_not_depend_on_values():
 
 @pytest.mark.parametrize("tag", configs.REDUCTION)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_tiles_hold_whole_patches(tag, transposed):
-    """What the index arithmetic of the kernel asks of a tile, for every batch."""
+@pytest.mark.parametrize(("amd", "lanes"), [(False, 32), (True, 64), (True, 32)])
+def test_tiles_hold_whole_patches(monkeypatch, tag, transposed, amd, lanes):
+    """What the index arithmetic of the kernel asks of a tile, for every batch, and the registers it has."""
+    monkeypatch.setattr(configs, "AMD", amd)
     for batch in (1, 16, 17, 33, 64, 65, 10**6):
         for parts in (1, 2, 3):
-            tile = configs.tile_of(tag, transposed, batch, parts)
+            tile = configs.tile_of(tag, transposed, batch, parts, lanes)
+            assert tile.outputs * tile.batch <= 128 * lanes * tile.warps
             held = tile.fields if transposed else 4
-            assert tile.outputs % (8 * tile.warps * held) == 0
+            assert tile.outputs % ((16 if amd else 8) * tile.warps * held) == 0
             assert tile.fields <= (8 if tag < 0x103 else 4)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the order is that of the GPU that it is compiled for")
+@pytest.mark.parametrize("family", stream.DENSE_FAMILIES)
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
+def test_the_order_of_amds_matrix_cores_gives_the_same_bits(monkeypatch, family, transposed):
+    """On integers, whose sums are exact in any order: all regimes, x as it is, prepared, and multiplied."""
+    monkeypatch.setattr(configs, "AMD", True)
+    monkeypatch.setattr(configs, "warp_lanes", lambda: 64)
+    monkeypatch.setattr(dense, "MFMA", tl.constexpr(True))
+    launch._plan.cache_clear()
+    g = generator(3)
+    matrix = exact_matrix(family, 300, 210)[5:, 3:]
+    args = primitives.dense_args(matrix.T if transposed else matrix)
+    n, k = (207, 295) if transposed else (295, 207)
+    reference = primitives.overload("reference", "modulated_matmul")
+    for rows, gained in product((1, 20, 40, 70), (False, True)):
+        x, gain = integers((rows, k), 2, g), integers((1, k), 2, g) if gained else None
+        found = launch.modulated_matmul(x, gain, None, None, None, *args)
+        assert torch.equal(found, reference(x, gain, None, None, None, *args)), (rows, gained)
+        assert found.shape == (rows, n)
+    launch._plan.cache_clear()
 
 
 @pytest.mark.parametrize("primitive", ["modulated_matmul", "modulated_matmul_gain_grad"])
@@ -372,7 +399,7 @@ def test_loops_that_a_compiler_breaks_are_not_pipelined(monkeypatch, version, ma
     tile = configs.tile_of(stream.UNIFORM.tag, False, 128, 1)
     assert tile.stages > 1
     assert launch.stages(tile, major) == (tile.stages if kept else 1)
-    monkeypatch.setattr(torch.version, "hip", "6.4")  # see there: shared memory
+    monkeypatch.setattr(configs, "AMD", True)  # see there: shared memory
     assert launch.stages(tile, major) == 1
 
 

@@ -125,12 +125,16 @@ def test_the_split_does_not_depend_on_the_tile(monkeypatch, tag, transposed):
 
 @pytest.mark.parametrize("tag", TAGS, ids=hex)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_candidates_hold_whole_patches(tag, transposed):
+@pytest.mark.parametrize("amd", [False, True], ids=["nvidia", "amd"])
+def test_candidates_hold_whole_patches(monkeypatch, tag, transposed, amd):
     """What the index arithmetic of the kernel asks of a tile."""
+    monkeypatch.setattr(configs, "AMD", amd)
+    monkeypatch.setattr(configs, "warp_lanes", lambda: 64 if amd else 32)
+    lanes = 16 if amd else 8
     for batch in (1, 17, 10**6):
         for parts in (1, 2, 3):
             for tile in configs.candidates(tag, transposed, batch, parts):
-                assert tile.outputs % (8 * tile.warps * (tile.fields if transposed else 4)) == 0
+                assert tile.outputs % (lanes * tile.warps * (tile.fields if transposed else 4)) == 0
                 assert tile.fields <= (8 if tag < 0x103 else 4)
 
 

@@ -7,8 +7,14 @@ the split by the shape (``blocks``), so the order of a sum depends neither on th
 nor on a measurement on it: every tile of a call gives the same bits.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
+
+import torch
+
+# Whether the tiles are those for AMD's matrix cores.
+AMD = torch.version.hip is not None
 
 
 @dataclass(frozen=True)
@@ -38,13 +44,47 @@ REDUCTION = {
 _SMALL, _MIDDLE = Tile(outputs=256, batch=16), Tile(outputs=256, batch=32)
 _LARGE, _HUGE = Tile(outputs=256, batch=64), Tile(outputs=128, batch=128)
 
+# The most accumulators of a thread.
+_MOST_SUMS = 128
+
 # Up to so many rows x is read as it is, unless it has to be multiplied or split first: preparing it saves no
 # instruction there, and is a launch.
 DIRECT_ROWS = _SMALL.batch
 
 
-def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1) -> Tile:
-    """The tile for a batch of that many rows, whose values are multiplied in so many parts."""
+# AMD: a lane holds four tiles of 16 outputs of four warps, or the eight fields of a word of two; and of sums
+# at most _MOST_SUMS, which a warp of 32 lanes (RDNA) has at half of the rows: with more it spilled 1 KiB.
+_ON_AMD = tuple(Tile(outputs=256, batch=rows) for rows in (16, 32, 64, 128))
+
+
+@functools.cache
+def warp_lanes() -> int:
+    """Lanes of a warp: 32, and on most of AMD's GPUs 64."""
+    if not AMD:
+        return 32
+    return torch.cuda.get_device_properties().warp_size if torch.cuda.is_available() else 64
+
+
+def _fits(tile: Tile, lanes: int) -> bool:
+    return tile.outputs * tile.batch <= _MOST_SUMS * lanes * tile.warps
+
+
+def _tile_on_amd(tag: int, transposed: bool, batch: int, parts: int, lanes: int) -> Tile:
+    tiles = [tile for tile in _ON_AMD if _fits(tile, lanes) and (parts == 1 or tile.batch < 128)]
+    tile = next((tile for tile in tiles if batch <= tile.batch), tiles[-1])
+    if transposed and tag != max(REDUCTION) and parts == 1:
+        wider = replace(tile, fields=8, warps=2)
+        return wider if _fits(wider, lanes) else tile
+    return tile
+
+
+def tile_of(tag: int, transposed: bool, batch: int, parts: int = 1, lanes: int | None = None) -> Tile:
+    """The tile for a batch of that many rows, whose values are multiplied in so many parts.
+
+    ``lanes`` of a warp: those of the GPU at hand, or another's.
+    """
+    if AMD:
+        return _tile_on_amd(tag, transposed, batch, parts, lanes or warp_lanes())
     rademacher, _, normal = REDUCTION
     # Signs of four words of 32 columns are 128 weights a thread in a tile of 128 outputs: spilled 96 bytes.
     words = tag == rademacher and not transposed
@@ -72,9 +112,9 @@ def blocks(outputs: int, batch: int) -> int:
     return -(-outputs // 256) * -(-batch // rows)
 
 
-# Outputs and warps of tiles to choose from, and the most accumulators a thread.
+# Outputs and warps of tiles to choose from.
 _SHAPES = ((128, 4), (256, 4), (256, 8))
-_MOST_SUMS = 128
+_SHAPES_ON_AMD = ((128, 2), (256, 2), (256, 4))
 
 
 def candidates(tag: int, transposed: bool, batch: int, parts: int = 1) -> tuple[Tile, ...]:
@@ -82,9 +122,11 @@ def candidates(tag: int, transposed: bool, batch: int, parts: int = 1) -> tuple[
     frozen = tile_of(tag, transposed, batch, parts)
     rows = sorted({max(frozen.batch // 2, _SMALL.batch), frozen.batch})
     fields = (4, 8) if transposed and tag != max(REDUCTION) else (4,)  # a word of normal has four
-    found = [frozen, replace(frozen, stages=2), replace(frozen, stages=4)]
-    for (outputs, warps), m, f in itertools.product(_SHAPES, rows, fields):
-        whole = outputs % (8 * warps * (f if transposed else 4)) == 0
-        if whole and outputs * m <= _MOST_SUMS * 32 * warps:
-            found.append(Tile(outputs, m, warps, f))
+    found = [frozen, *(replace(frozen, stages=stages) for stages in (2, 4) if not AMD)]
+    row_lanes = 16 if AMD else 8  # of a warp: those that hold rows of their own
+    for (outputs, warps), m, f in itertools.product(_SHAPES_ON_AMD if AMD else _SHAPES, rows, fields):
+        tile = Tile(outputs, m, warps, f)
+        whole = outputs % (row_lanes * warps * (f if transposed else 4)) == 0
+        if whole and _fits(tile, warp_lanes()):
+            found.append(tile)
     return tuple(dict.fromkeys(found))

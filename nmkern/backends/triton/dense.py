@@ -17,6 +17,10 @@ What makes Triton do so is where indices go:
 - The tile starts from the result of a small tensor-core product (``_anchor``), whose layout the whole
   hash then takes: without, Triton hashes in another layout and moves every weight through shared memory
   (15 instead of 3.6 instructions a weight on sm_90).
+- The first is NVIDIA's order. On AMD (MFMA) a lane holds one row of 16 and four neighbouring reduction
+  indices, which are fields of one word (transposed: rows of a patch); what it holds of the other side are
+  tiles of 16 rows, above the warps'. In NVIDIA's order it would hash each word for a field or four alone (at
+  16 rows on gfx942, instructions a weight: uniform 8.4 instead of 4.9, rademacher 12.5 instead of 3.9).
 
 Tensor cores truncate when they add up (Fasi et al. 2021, doi:10.7717/peerj-cs.330): of a sum of T products
 of tiles they take 0.7 T / 2 * 2^-24 in the mean, 2e-5 of two parts at K = 8192, where float32 may be off by
@@ -30,6 +34,7 @@ import triton
 import triton.language as tl
 
 from nmkern.backends.triton.stream import (
+    AMD,
     code_scale,
     columns_per_word,
     decode,
@@ -38,24 +43,49 @@ from nmkern.backends.triton.stream import (
     words,
 )
 
+# Whether tiles are in the order of AMD's matrix cores.
+MFMA = AMD
+
 
 @triton.jit
 def _anchor(BO: tl.constexpr, BR: tl.constexpr, DTYPE: tl.constexpr):
     """Zeros (uint32) in the layout of a tensor-core result, though Triton's optimiser cannot know them."""
     a, b = tl.full([BO, 16], 1.0, DTYPE), tl.full([16, BR], 1.0, DTYPE)
-    # One after the other: only of chained products does every warp own whole rows on Ampere, as in the loop.
-    one = tl.dot(a, b, tl.dot(a, b))
+    # One after the other: only of chained products does every warp own whole rows on Ampere, as in the loop;
+    # on AMD a chain is a product whose A is another's result.
+    if AMD:
+        a = tl.dot(a, tl.full([16, 16], 1.0, DTYPE)).to(DTYPE)
+        one = tl.dot(a, b)
+    else:
+        one = tl.dot(a, b, tl.dot(a, b))
     # LLVM folds this away, with all that depends on the value;
     # Triton's own passes, which choose layouts, do not.
     return (one.to(tl.uint32, bitcast=True) & 1) >> 1
 
 
 @triton.jit
+def _secret(words, nothing):
+    """The words of a patch, shifted by a zero of which LLVM does not know, on AMD.
+
+    It would otherwise multiply once for each field that a product of the last round holds: uniform at 16
+    rows takes 7.8 instructions a weight, and 4.9 so (5.8 with an empty line of assembly, which costs copies).
+    """
+    w0, w1, w2, w3 = words
+    if AMD:
+        w0, w1, w2, w3 = w0 >> nothing, w1 >> nothing, w2 >> nothing, w3 >> nothing
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def _held(j, WARPS: tl.constexpr, COUNT: tl.constexpr):
     """Split tile rows j into (which of the COUNT that one thread holds together, the others in order)."""
-    BELOW: tl.constexpr = 16 * WARPS  # rows 0-7 are lanes, 8 is held, then come the warps
-    held = (j >> 3) % 2 + 2 * ((j // BELOW) % (COUNT // 2))
-    other = j % 8 + 8 * ((j >> 4) % WARPS) + 8 * WARPS * (j // (BELOW * (COUNT // 2)))
+    BELOW: tl.constexpr = 16 * WARPS
+    if MFMA:  # rows 0-15 are lanes, then come the warps
+        held = (j // BELOW) % COUNT
+        other = j % BELOW + BELOW * (j // (BELOW * COUNT))
+    else:  # rows 0-7 are lanes, 8 is held, then come the warps
+        held = (j >> 3) % 2 + 2 * ((j // BELOW) % (COUNT // 2))
+        other = j % 8 + 8 * ((j >> 4) % WARPS) + 8 * WARPS * (j // (BELOW * (COUNT // 2)))
     return held, other
 
 
@@ -64,9 +94,13 @@ def _in_order(acc, WARPS: tl.constexpr, COUNT: tl.constexpr):
     """A tile [BO, BP] as [BP, BO], row COUNT * other + held where ``_held`` splits it into these."""
     BO: tl.constexpr = acc.shape[0]
     BP: tl.constexpr = acc.shape[1]
-    ABOVE: tl.constexpr = BO // (8 * WARPS * COUNT)
-    acc = tl.reshape(acc, [ABOVE, COUNT // 2, WARPS, 2, 8, BP])
-    return tl.reshape(tl.permute(acc, (5, 0, 2, 4, 1, 3)), [BP, BO])
+    if MFMA:
+        acc = tl.reshape(acc, [BO // (16 * WARPS * COUNT), COUNT, 16 * WARPS, BP])
+        acc = tl.permute(acc, (3, 0, 2, 1))
+    else:
+        acc = tl.reshape(acc, [BO // (8 * WARPS * COUNT), COUNT // 2, WARPS, 2, 8, BP])
+        acc = tl.permute(acc, (5, 0, 2, 4, 1, 3))
+    return tl.reshape(acc, [BP, BO])
 
 
 @triton.jit
@@ -74,7 +108,13 @@ def _reduced(i, TAG: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Place i of a step of the reduction: which of its words (transposed: patches), and field (row) of it."""
     WIDTH: tl.constexpr = columns_per_word(TAG)
     HALF: tl.constexpr = WIDTH // 2
-    if TRANSPOSED:
+    if MFMA:
+        if TRANSPOSED:
+            unit, inner = i // 4, i % 4
+        else:
+            unit, inner = (i >> 2) % 4 + 4 * (i // (4 * WIDTH)), (i >> 1) % 2 + 2 * ((i >> 4) % (HALF // 2))
+            inner += (i % 2) * HALF
+    elif TRANSPOSED:
         unit, inner = (i >> 1) % 4 + 4 * (i >> 4), i % 2 + 2 * ((i >> 3) % 2)
     else:
         unit, inner = (i >> 1) % 4 + 4 * (i // (4 * WIDTH)), (i % 2) * HALF + (i >> 3) % HALF
@@ -325,16 +365,17 @@ def product_kernel(
         x += (m * stride_xm)[None, :]
         offset = PER_UNIT * unit + inner - r_skip
     zero = _anchor(BO, BR, DTYPE)
+    nothing = tl.cast(tiles, tl.uint32) >> 31
     acc = tl.zeros([BO, BP], tl.float32)
     acc1 = acc
     for tile in range(split * chunk, tl.minimum((split + 1) * chunk, tiles)):
         counter = (tl.cast(tile, tl.uint32) * (BR // PER_UNIT) + unit.to(tl.uint32) + r_first)[None, :] + zero
         if TRANSPOSED:
-            w0, w1, w2, w3 = words(outer, counter, k0, k1, TAG)
+            w0, w1, w2, w3 = _secret(words(outer, counter, k0, k1, TAG), nothing)
             f = held.to(tl.uint32)[:, None]
             w = decode_rows(w0, w1, w2, w3, inner[None, :], f, table, TAG, DTYPE)
         else:
-            w0, w1, w2, w3 = words(counter, outer, k0, k1, TAG)
+            w0, w1, w2, w3 = _secret(words(counter, outer, k0, k1, TAG), nothing)
             w = word_of_row(w0, w1, w2, w3, held[:, None])
             w = decode(w, inner.to(tl.uint32)[None, :], table, TAG, DTYPE)
         if PARTS > 0:

@@ -131,6 +131,7 @@ def _plan(
         "BM": tile.batch,
         "WARPS": tile.warps,
         "num_warps": tile.warps,
+        **product_options(),
     }
     prepare = {**both, "BM": max(1, PREPARED // step), "num_warps": 4}
     if scaled:
@@ -223,6 +224,11 @@ def major_of(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
+def product_options() -> dict[str, int]:
+    """What product_kernel is compiled with besides: on AMD, the products that ``dense`` is ordered for."""
+    return {"matrix_instr_nonkdim": 16} if configs.AMD and not INTERPRETED else {}
+
+
 def stages(tile: configs.Tile, major: int) -> int:
     """How many tiles of x product_kernel has in flight on a GPU of a compute capability.
 
@@ -230,10 +236,9 @@ def stages(tile: configs.Tile, major: int) -> int:
     (16 of the 50 kernels in the committed table, by Triton 3.6, 3.7.1 and 3.8 alike), and before 3.7.1 it
     leaves out the fence between cp.async and wgmma. One tile is not pipelined, and has neither.
 
-    On AMD weights go through shared memory, of which most of its GPUs give a program 64 KiB: with one tile of
-    x all products fit (gfx90a, gfx942, gfx950), with more those of rademacher took 72 to 96.
+    On AMD, most of whose GPUs give a program 64 KiB of shared memory, one: then all products fit.
     """
-    if torch.version.hip is not None:
+    if configs.AMD:
         return 1
     return 1 if VERSION < (3, 9) and major == 9 else tile.stages
 
@@ -242,8 +247,11 @@ def pieces(major: int, batch: int) -> int:
     """In how many pieces product_kernel multiplies ``batch`` rows of x on a GPU of a compute capability.
 
     Before Hopper, Triton gives the warps of a single square product columns too, and weights would go through
-    shared memory; of two products with the same weights, each warp owns whole rows.
+    shared memory; of two products with the same weights, each warp owns whole rows. On AMD it does so beyond
+    64 rows.
     """
+    if configs.AMD:
+        return 1 if batch <= 64 else 2
     return 1 if batch < 64 or major in (0, 9, 10) else 2
 
 

@@ -164,8 +164,7 @@ def widened_level(word, f):
     """The code of uniform's field f over WIDENED_SCALE, in float32, as ``_level`` makes it: where the field
     stands, alone, it is a subnormal number, up to bit 23; the factors are 2^127 to 2^107.
 
-    At 16 rows uniform takes 8.4 instructions a weight and lane, transposed 9.2, and with arithmetic in
-    bfloat16 14.9 and 16.4 (gfx942).
+    Arithmetic in bfloat16 took 6.5 instructions a weight and lane more (gfx942).
     """
     OFFSET: tl.constexpr = 15 / WIDENED_SCALE
     place = tl.where(f < 6, 4 * f, 4 * f - 8)
@@ -176,7 +175,7 @@ def widened_level(word, f):
 
 @triton.jit
 def _opaque(bits):
-    """The same bits, of which LLVM knows nothing.
+    """The same bits, of which LLVM knows nothing. (On AMD: ``dense._secret``.)
 
     It would otherwise carry the extraction of each field back into the hash: at 16 rows uniform takes 2.84
     instructions a weight, and 3.52 without, rademacher 2.10 and 3.26 (sm_90).
@@ -184,12 +183,6 @@ def _opaque(bits):
     if PTX:
         bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], tl.uint32, is_pure=True, pack=1)
     return bits
-
-
-@triton.jit
-def _opaque_on_amd(bits):
-    """The same there. It costs copies, which uniform's transposed words alone are worth (gfx942)."""
-    return tl.inline_asm_elementwise("", "=v,0", [bits], tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -252,9 +245,7 @@ def decode_rows(w0, w1, w2, w3, r, f, table, TAG: tl.constexpr, DTYPE: tl.conste
     The halves of their words that hold field f are put together once, for 16 / bits fields, and then
     decoded in pairs as if they were one word.
     """
-    if widened(TAG, DTYPE):
-        code = decode(_opaque_on_amd(word_of_row(w0, w1, w2, w3, r)), f, table, TAG, DTYPE)
-    elif TAG == NORMAL or DTYPE == tl.float32:
+    if TAG == NORMAL or DTYPE == tl.float32 or widened(TAG, DTYPE):
         code = decode(word_of_row(w0, w1, w2, w3, r), f, table, TAG, DTYPE)
     else:
         HALF: tl.constexpr = columns_per_word(TAG) // 2
