@@ -26,33 +26,23 @@ def run_tool(tool: str, *arguments: str, cwd: str | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout
 
 
-def loops(code: str) -> list[list[str]]:
+# How a disassembly writes a label, an instruction, and a branch.
+_NVIDIA = (r"\s*(\.L_\w+):", r"\s+/\*[0-9a-f]{4,}\*/\s+(.*);", r".*BRA.*`\((\.L_\w+)\)")
+_AMD = (r"(\.LBB\w+):", r"\s+([a-z]\w+ ?[^;]*)", r"s_c?branch\w* +(\.LBB\w+)")
+
+
+def loops(code: str, *, amd: bool = False) -> list[list[str]]:
     """The loops of a disassembled kernel: the instructions from a label to each branch back to it."""
+    label, instruction, branch = _AMD if amd else _NVIDIA
     labels: dict[str, int] = {}
     instructions: list[str] = []
     found = []
     for line in code.splitlines():
-        if match := re.match(r"^\s*(\.L_\w+):", line):
+        if match := re.match(label, line):
             labels[match[1]] = len(instructions)
-        elif match := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
+        elif match := re.match(instruction, line):
             instructions.append(match[1])
-            back = re.search(r"BRA.*`\((\.L_\w+)\)", match[1])
-            if back and back[1] in labels:
-                found.append(instructions[labels[back[1]] :])
-    return found
-
-
-def amd_loops(code: str) -> list[list[str]]:
-    """The same of a kernel in AMD's assembly."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    found = []
-    for line in code.splitlines():
-        if match := re.match(r"(\.LBB\w+):", line):
-            labels[match[1]] = len(instructions)
-        elif match := re.match(r"\s+([a-z]\w+ ?[^;]*)", line):
-            instructions.append(match[1])
-            back = re.match(r"s_c?branch\w* +(\.LBB\w+)", match[1])
+            back = re.match(branch, match[1])
             if back and back[1] in labels:
                 found.append(instructions[labels[back[1]] :])
     return found

@@ -6,9 +6,9 @@ per weight and thread, what multiplies (HMMA or HGMMA), asynchronous copies of 1
 memory, where weights have no business. The committed table is what tests/backends/test_triton_resources.py
 holds kernels to.
 
-They compile for AMD, too, where the table says nothing and that test holds them to spilling nothing and to
-the 64 KiB of shared memory (LDS) that a workgroup has there. Triton then has to be imported as for AMD:
-with ``torch.version.hip`` set.
+They compile for AMD, too, where the table says nothing and that test holds them to spilling nothing, to the
+64 KiB of shared memory (LDS) that a workgroup has there, and some to the instructions that they took.
+Triton then has to be imported as for AMD: with ``torch.version.hip`` set.
 """
 
 import re
@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code import amd_loops, hazards, loops, run_tool, write_table
+from benchmarks.machine_code import hazards, loops, run_tool, write_table
 from nmkern import stream
 from nmkern.backends.triton import configs, dense, flynet, launch, sparse
 
@@ -89,7 +89,8 @@ def measure(variant: dict[str, Any]) -> dict[str, float | str]:
         }
         if weights is not None:
             threads = compiled.metadata.warp_size * compiled.metadata.num_warps
-            row["instructions_per_weight"] = round(len(max(amd_loops(code), key=len)) * threads / weights, 2)
+            loop = max(loops(code, amd=True), key=len)
+            row["instructions_per_weight"] = round(len(loop) * threads / weights, 2)
         return row
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -32,7 +32,8 @@ bool cpu_has(const Kernels& kernels) {
 // and 14.6.
 bool slow(const Kernels& kernels) {
 #if defined(__x86_64__)
-  if (!std::strcmp(kernels.name, "avx2_subnormal")) return !__builtin_cpu_is("amdfam17h") && !__builtin_cpu_is("amdfam19h");
+  if (!std::strcmp(kernels.name, "avx2_subnormal"))
+    return !__builtin_cpu_is("amdfam17h") && !__builtin_cpu_is("amdfam19h");
   return !std::strcmp(kernels.name, "avx512_bf16") && __builtin_cpu_is("intel");
 #else
   return false;
